@@ -1,0 +1,7 @@
+"""Gist trees on disk: tokens, gists, lens keys, sources and a lexical index, committed together."""
+
+from megacontext.memory.identity import MemoryIdentity, Source, SourceRecord
+from megacontext.memory.tree import Memory
+from megacontext.memory.verify import VerifyReport
+
+__all__ = ["Memory", "MemoryIdentity", "Source", "SourceRecord", "VerifyReport"]

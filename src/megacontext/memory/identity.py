@@ -1,0 +1,115 @@
+"""What a memory belongs to, and where its texts came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Final, Literal
+
+from megacontext.errors import ConfigError
+
+GistDtype = Literal["fp16", "bf16"]
+
+_U16_MAX: Final = 0xFFFF
+_REBUILDABLE: Final = frozenset({"gist_version", "gist_width", "key_width", "gist_dtype"})
+
+
+@dataclass(frozen=True)
+class MemoryIdentity:
+    """The models and sizes a memory was made with; it can only be used with the same ones.
+
+    Args:
+        base_model: name of the base model.
+        tokenizer_hash: hash of its tokenizer; the stored tokens mean nothing to another one.
+        gist_version: version of the GistNet that made the gists.
+        block_size: tokens per block (``K``), 2 to 65535.
+        gist_width: numbers per gist, 1 to 65535.
+        key_width: numbers per lens key, 0 (none are stored) to 65535.
+        gist_dtype: number format of gists and keys on disk.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    base_model: str
+    tokenizer_hash: str
+    gist_version: str
+    block_size: int
+    gist_width: int
+    key_width: int
+    gist_dtype: GistDtype
+
+    def __post_init__(self) -> None:
+        for name, value, low in (
+            ("block_size", self.block_size, 2),
+            ("gist_width", self.gist_width, 1),
+            ("key_width", self.key_width, 0),
+        ):
+            if not low <= value <= _U16_MAX:
+                raise ConfigError(
+                    f"memory identity: {name} is {value}, allowed are {low} to {_U16_MAX}"
+                )
+        if self.gist_dtype not in ("fp16", "bf16"):
+            raise ConfigError(
+                f"memory identity: gist_dtype is {self.gist_dtype!r}, allowed are 'fp16' and 'bf16'"
+            )
+        if "\0" in self.base_model:
+            raise ConfigError("memory identity: base_model must not contain a zero character")
+
+    def explain_difference(self, expected: MemoryIdentity) -> str | None:
+        """Says how this differs from what is expected and what to do; ``None`` if it does not."""
+        differing = [
+            field.name
+            for field in fields(self)
+            if getattr(self, field.name) != getattr(expected, field.name)
+        ]
+        if not differing:
+            return None
+        listed = ", ".join(
+            f"{name} is {getattr(self, name)!r}, expected {getattr(expected, name)!r}"
+            for name in differing
+        )
+        if _REBUILDABLE.issuperset(differing):
+            return f"{listed}; `megacontext regist` rebuilds the gists from the tokens kept here"
+        if "tokenizer_hash" in differing:
+            return f"{listed}; its tokens cannot be read by another tokenizer: make a new memory"
+        return (
+            f"{listed}; open it with the model and block size it was made with, or make a new one"
+        )
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a text came from.
+
+    Args:
+        uri: file, address or name.
+        media_type: MIME type.
+        sha256: hash of the original bytes, where known.
+        author: who wrote it, where known.
+        created: when it was written, in seconds since 1970, where known.
+        tags: free labels.
+    """
+
+    uri: str
+    media_type: str = "text/plain"
+    sha256: str = ""
+    author: str = ""
+    created: float | None = None
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceRecord(Source):
+    """A source as the memory keeps it.
+
+    Args:
+        id: number of the source within the memory.
+        start: its first token.
+        end: the token behind its last one.
+        ingested_at: when its first token was committed, in seconds since 1970.
+    """
+
+    id: int
+    start: int
+    end: int
+    ingested_at: float

@@ -1,0 +1,490 @@
+"""The gist tree on disk: one directory, one writer, any number of readers."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Literal, Self
+
+import torch
+from torch import Tensor
+
+from megacontext.errors import (
+    InputError,
+    InvariantError,
+    MemoryStoreError,
+    ReadOnlyMemoryError,
+)
+from megacontext.memory.catalog import Catalog, FileKind, Snapshot, SourceRange
+from megacontext.memory.file_set import FileSet, header_for
+from megacontext.memory.identity import GistDtype, MemoryIdentity, Source, SourceRecord
+from megacontext.memory.lock import WriterLock
+from megacontext.memory.opening import check_openable, create_directory, show_latest
+from megacontext.memory.rebuild import GistMaker, Rebuild
+from megacontext.memory.records import append_records, span_count
+from megacontext.memory.verify import VerifyReport, verify_catalog
+
+_CLOSED: Final = "is closed"
+
+
+class Memory:
+    """A history of tokens, and the gists of all its complete spans.
+
+    Level 0 are the tokens; gist ``i`` of level ``l`` stands for tokens ``i * K**l`` to
+    ``(i + 1) * K**l``. Tensors come straight from memory-mapped files: reading is free of copies,
+    and they stay valid when the memory grows or is closed.
+
+    One object is for one thread at a time. Open the memory once more for another reader.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        catalog: Catalog,
+        files: FileSet,
+        lock: WriterLock | None,
+        expect: MemoryIdentity | None,
+        snapshot: Snapshot,
+    ) -> None:
+        self.path = path
+        self._catalog = catalog
+        self._files = files
+        self._lock = lock
+        self._expect = expect
+        self._snapshot = snapshot
+        self._pending: dict[int, Source] = {}
+        self._next_source = catalog.max_source_id() + 1
+        self._unusable: str | None = None
+
+    @classmethod
+    def create(cls, path: Path | str, identity: MemoryIdentity) -> Memory:
+        """Makes an empty memory and opens it for writing.
+
+        Raises:
+            MemoryExistsError: something lies at ``path`` already.
+            StorageFullError, ReadOnlyMemoryError, MemoryStoreError: it cannot be written.
+        """
+        target = Path(path)
+        create_directory(target, identity)
+        return cls.open(target, "a")
+
+    @classmethod
+    def open(
+        cls,
+        path: Path | str,
+        mode: Literal["r", "a"] = "r",
+        *,
+        expect: MemoryIdentity | None = None,
+    ) -> Memory:
+        """Opens a memory as of its last commit.
+
+        Args:
+            path: its directory.
+            mode: ``"r"`` to read, ``"a"`` to read and append; one writer at a time.
+            expect: what the memory must have been made with.
+
+        Raises:
+            MemoryNotFoundError: there is none.
+            MemoryMismatchError: it was made with something else than ``expect``.
+            MemoryVersionError: its format is unknown.
+            MemoryLockedError: ``mode`` is ``"a"`` and somebody else has it open for writing.
+            ReadOnlyMemoryError: ``mode`` is ``"a"`` and it cannot be written to.
+            CorruptMemoryError: its files do not hold what its catalog says.
+        """
+        directory = Path(path)
+        check_openable(directory, mode)
+        writable = mode == "a"
+        lock = WriterLock.acquire(directory) if writable else None
+        catalog: Catalog | None = None
+        files = FileSet(directory, writable=writable)
+        try:
+            catalog = Catalog.open(directory, writable=writable)
+            snapshot = show_latest(catalog, files, directory, expect)
+            if writable:
+                files.trim()
+            return cls(directory, catalog, files, lock, expect, snapshot)
+        except BaseException:
+            files.close()
+            if catalog is not None:
+                catalog.close()
+            if lock is not None:
+                lock.release()
+            raise
+
+    @staticmethod
+    def verify_path(path: Path | str) -> VerifyReport:
+        """Verifies a memory that may be too damaged to be opened.
+
+        Raises:
+            MemoryNotFoundError: there is none.
+            CorruptMemoryError: not even its catalog can be read.
+        """
+        directory = Path(path)
+        check_openable(directory, "r")
+        catalog = Catalog.open(directory, writable=False)
+        try:
+            return verify_catalog(catalog, directory)
+        finally:
+            catalog.close()
+
+    @property
+    def identity(self) -> MemoryIdentity:
+        """What the memory was made with."""
+        return self._snapshot.identity
+
+    @property
+    def writable(self) -> bool:
+        """Whether it is open for writing."""
+        return self._lock is not None
+
+    @property
+    def n_tokens(self) -> int:
+        """Committed tokens."""
+        return self._snapshot.n_tokens
+
+    @property
+    def n_levels(self) -> int:
+        """Levels that hold something, tokens included: 1 + the highest level with a gist."""
+        level = 1
+        while self.count(level):
+            level += 1
+        return level
+
+    @property
+    def generation(self) -> int:
+        """Number of the last commit; 0 for a new memory."""
+        return self._snapshot.generation
+
+    def count(self, level: int) -> int:
+        """Tokens (level 0) or gists of a level.
+
+        Raises:
+            InputError: ``level`` is negative.
+        """
+        if level < 0:
+            raise InputError(f"{self.path}: level is {level}, it must be 0 or more")
+        return span_count(self.n_tokens, self.identity.block_size, level)
+
+    def append(
+        self,
+        tokens: Tensor,
+        gists: Mapping[int, Tensor],
+        keys: Mapping[int, Tensor],
+        fidelity: Mapping[int, Tensor] | None = None,
+        block_texts: Sequence[str] = (),
+        source_id: int | None = None,
+    ) -> tuple[int, int]:
+        """Commits tokens together with the gists of every span they complete, or nothing at all.
+
+        Args:
+            tokens: ``[n]`` int64 or int32 token ids.
+            gists: per level ``[m, gist_width]``, where ``m`` spans of that level become complete.
+            keys: per level ``[m, key_width]``; empty if the memory stores none.
+            fidelity: per level ``[m]``; NaN is stored where it is not given.
+            block_texts: text of each newly complete block, for :meth:`search_blocks`; or none.
+            source_id: number from :meth:`begin_source`; the tokens extend that source.
+
+        Returns:
+            The range of tokens appended.
+
+        Raises:
+            InvariantError: gists, keys or texts do not match the completed spans, or the source
+                has tokens that are not the newest ones.
+            InputError: a token id is out of range, a number is not finite, the source is unknown.
+            StorageFullError, MemoryStoreError: the disk failed; the memory is as it was before.
+        """
+        self._check_writable()
+        records = append_records(
+            self.identity, self.n_tokens, tokens, gists, keys, fidelity, block_texts
+        )
+        start, stop = self.n_tokens, self.n_tokens + tokens.shape[0]
+        if start == stop:
+            return start, stop
+        source = self._source_range(source_id, start, stop)
+        try:
+            for kind, level, values in records:
+                if self._files.get(kind, level) is None:
+                    self._files.create(kind, level, header_for(self.identity, kind, level))
+                self._files.append(kind, level, values)
+            self._catalog.commit_append(
+                self.generation + 1,
+                stop,
+                self._files.sync(),
+                texts=block_texts,
+                first_block=self.count(1),
+                source=source,
+            )
+            self._show()
+        except BaseException:
+            self._recover()
+            raise
+        if source is not None:
+            self._pending.pop(source.id, None)
+        return start, stop
+
+    def begin_source(self, source: Source) -> int:
+        """Announces a source; it is committed with the first tokens appended to it.
+
+        Returns:
+            Its number, for :meth:`append`.
+
+        Raises:
+            ReadOnlyMemoryError: the memory is open for reading only.
+        """
+        self._check_writable()
+        source_id = self._next_source
+        self._next_source += 1
+        self._pending[source_id] = source
+        return source_id
+
+    def tokens(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Token ids ``[stop - start]`` int32, a view on the file's memory map: do not write to it.
+
+        Raises:
+            InputError: the range does not lie within the memory.
+        """
+        return self._read("tokens", 0, start, stop, 0, torch.int32)
+
+    def gists(self, level: int, start: int = 0, stop: int | None = None) -> Tensor:
+        """Gists ``[stop - start, gist_width]`` float16 or bfloat16, a view on the memory map.
+
+        Raises:
+            InputError: the level or the range does not lie within the memory.
+        """
+        return self._read("gists", level, start, stop, self.identity.gist_width, self._gist_dtype)
+
+    def keys(self, level: int, start: int = 0, stop: int | None = None) -> Tensor:
+        """Lens keys ``[stop - start, key_width]`` float16 or bfloat16, a view on the memory map.
+
+        Raises:
+            InputError: the level or range does not lie within the memory, or it stores no keys.
+        """
+        if not self.identity.key_width:
+            raise InputError(f"{self.path}: this memory stores no lens keys (its key_width is 0)")
+        return self._read("keys", level, start, stop, self.identity.key_width, self._gist_dtype)
+
+    def fidelity(self, level: int, start: int = 0, stop: int | None = None) -> Tensor:
+        """Fidelity of gists, ``[stop - start]`` float32; NaN where none was given.
+
+        Raises:
+            InputError: the level or the range does not lie within the memory.
+        """
+        return self._read("fidelity", level, start, stop, 1, torch.float16)[:, 0].float()
+
+    def sources(self) -> list[SourceRecord]:
+        """All sources, in the order of their tokens."""
+        self._check_open()
+        return self._catalog.sources(self.n_tokens)
+
+    def source_at(self, token: int) -> SourceRecord | None:
+        """The source of a token; ``None`` if it was appended without one.
+
+        Raises:
+            InputError: there is no such token.
+        """
+        self._check_open()
+        if not 0 <= token < self.n_tokens:
+            raise InputError(f"{self.path}: no token {token}; it has {self.n_tokens} of them")
+        return self._catalog.source_at(token, self.n_tokens)
+
+    def search_blocks(self, query: str, limit: int) -> tuple[Tensor, Tensor]:
+        """Finds blocks by their words (BM25; see :class:`~.lexical_index.LexicalIndex`).
+
+        Args:
+            query: plain text of any kind.
+            limit: most blocks to return.
+
+        Returns:
+            Block indices ``[m]`` int64 and scores ``[m]`` float32, best first, ties to the newer
+            block.
+
+        Raises:
+            InputError: ``limit`` is negative.
+        """
+        self._check_open()
+        found = self._catalog.lexical.search(
+            query, limit, n_blocks=self.count(1), generation=self.generation
+        )
+        blocks = torch.tensor([block for block, _ in found], dtype=torch.int64)
+        return blocks, torch.tensor([score for _, score in found], dtype=torch.float32)
+
+    def term_weights(self, words: Iterable[str]) -> dict[str, float]:
+        """How telling each word is in this memory: its inverse document frequency over blocks."""
+        self._check_open()
+        return self._catalog.lexical.idf(words, n_blocks=self.count(1), generation=self.generation)
+
+    def replace_gists(
+        self,
+        make: GistMaker,
+        *,
+        gist_version: str,
+        gist_width: int | None = None,
+        key_width: int | None = None,
+        gist_dtype: GistDtype | None = None,
+    ) -> None:
+        """Puts new gists, keys and fidelities in the place of all old ones, in one commit.
+
+        The new files grow beside the old ones, in constant memory; until the commit everything
+        reads the old ones. Tokens, sources and the lexical index stay as they are.
+
+        Args:
+            make: called with each level from 1 on and with a function that reads what its gists
+                are made from (tokens, then the new gists of the level below); yields batches.
+            gist_version: version of the GistNet at work.
+            gist_width: its gists' width, if it changes.
+            key_width: the lens keys' width, if it changes.
+            gist_dtype: number format, if it changes.
+
+        Raises:
+            InvariantError: the number or shape of the gists is wrong; nothing has changed.
+            StorageFullError, MemoryStoreError: the disk failed; nothing has changed.
+        """
+        self._check_writable()
+        changes = {"gist_width": gist_width, "key_width": key_width, "gist_dtype": gist_dtype}
+        given: dict[str, Any] = {key: new for key, new in changes.items() if new is not None}
+        identity = dataclasses.replace(self.identity, gist_version=gist_version, **given)
+        generation = self.generation + 1
+        rebuild = Rebuild(self.path, identity, self.n_tokens, generation)
+        try:
+            updates = rebuild.write(self.tokens, make)
+            self._catalog.commit_replacement(generation, self.n_tokens, identity, updates)
+            self._expect = None
+            self._show()
+        except BaseException:
+            self._recover(rebuild)
+            raise
+        finally:
+            rebuild.close()
+        # What cannot be removed now is unknown to the catalog and goes when a writer next opens.
+        with contextlib.suppress(MemoryStoreError):
+            self._files.trim()
+
+    def refresh(self) -> bool:
+        """Shows a reader the last commit.
+
+        Returns:
+            Whether there was a newer one.
+
+        Raises:
+            MemoryMismatchError: the gists were rebuilt and are no longer what ``open`` expected.
+            CorruptMemoryError: the files do not hold what the catalog says.
+        """
+        self._check_open()
+        if self.writable or self._catalog.generation() == self.generation:
+            return False
+        self._show()
+        return True
+
+    def verify(self) -> VerifyReport:
+        """Reads every committed byte back and compares it with the catalog's checksums."""
+        self._check_open()
+        return verify_catalog(self._catalog, self.path)
+
+    def stats(self) -> dict[str, Any]:
+        """Sizes: ``tokens``, ``levels`` (records per level), ``sources``, ``bytes`` per part and
+        their total per token (``bytes_per_token``, 0 for an empty memory).
+        """
+        self._check_open()
+        parts: dict[str, int] = {**self._files.stored_bytes()}
+        parts["catalog"] = self._catalog.stored_bytes()
+        return {
+            "tokens": self.n_tokens,
+            "levels": [self.count(level) for level in range(self.n_levels)],
+            "sources": self._catalog.count_sources(self.n_tokens),
+            "bytes": parts,
+            "bytes_per_token": sum(parts.values()) / self.n_tokens if self.n_tokens else 0.0,
+        }
+
+    def close(self) -> None:
+        """Closes the memory and lets the next writer in. Tensors read from it stay usable."""
+        if self._unusable == _CLOSED:
+            return
+        self._unusable = _CLOSED
+        try:
+            self._files.close()
+            self._catalog.lexical.close()
+            self._catalog.close()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def _gist_dtype(self) -> torch.dtype:
+        return torch.float16 if self.identity.gist_dtype == "fp16" else torch.bfloat16
+
+    def _read(
+        self,
+        kind: FileKind,
+        level: int,
+        start: int,
+        stop: int | None,
+        width: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        self._check_open()
+        if (level == 0) != (kind == "tokens"):
+            raise InputError(f"{self.path}: level is {level}, {kind} have levels from 1 on")
+        count = self.count(level)
+        end = count if stop is None else stop
+        if not 0 <= start <= end <= count:
+            raise InputError(
+                f"{self.path}: no {kind} of level {level} from {start} to {end}; there are {count}"
+            )
+        file = self._files.get(kind, level)
+        return file.map(start, end) if file is not None else torch.empty((0, width), dtype=dtype)
+
+    def _source_range(self, source_id: int | None, start: int, stop: int) -> SourceRange | None:
+        if source_id is None:
+            return None
+        if source_id in self._pending:
+            return SourceRange(source_id, self._pending[source_id], start, stop, new=True)
+        record = self._catalog.source(source_id)
+        if record is None:
+            raise InputError(f"{self.path}: no source {source_id}; begin_source makes one")
+        if record.end != start:
+            raise InvariantError(
+                f"{self.path}: source {source_id} ends at token {record.end}, the memory at "
+                f"{start}; other tokens have followed it, begin a new source"
+            )
+        return SourceRange(source_id, record, record.start, stop, new=False)
+
+    def _show(self) -> None:
+        self._snapshot = show_latest(self._catalog, self._files, self.path, self._expect)
+
+    def _recover(self, rebuild: Rebuild | None = None) -> None:
+        """Brings files and catalog back to the last commit, whichever that turned out to be."""
+        try:
+            if self._catalog.roll_back() != self.generation:
+                self._show()
+            elif rebuild is not None:
+                rebuild.discard()
+            else:
+                self._files.discard()
+        except MemoryStoreError as error:
+            self._unusable = f"an earlier failure could not be undone ({error}); open it again"
+
+    def _check_open(self) -> None:
+        if self._unusable == _CLOSED:
+            raise MemoryStoreError(f"{self.path}: the memory {_CLOSED}; open it again")
+
+    def _check_writable(self) -> None:
+        if self._unusable is not None:
+            raise MemoryStoreError(f"{self.path}: the memory {self._unusable}")
+        if not self.writable:
+            raise ReadOnlyMemoryError(
+                f"{self.path}: open for reading only; open it with mode 'a' to write"
+            )

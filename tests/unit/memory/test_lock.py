@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from megacontext.errors import MemoryLockedError, MemoryStoreError, ReadOnlyMemoryError
+from megacontext.memory import Memory
+from megacontext.memory.lock import WriterLock
+
+HOLD = """
+import sys
+from megacontext.memory import Memory
+memory = Memory.open(sys.argv[1], "a")
+print("open", flush=True)
+sys.stdin.read()
+"""
+
+
+def hold(path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "open\n"
+    return process
+
+
+def test_a_second_process_is_told_who_writes_and_may_still_read(make):
+    feeder = make()
+    feeder.append(9)
+    path = feeder.memory.path
+    feeder.memory.close()
+    with hold(path) as process:
+        with pytest.raises(MemoryLockedError) as caught:
+            Memory.open(path, "a")
+        assert f"process {process.pid} on host {socket.gethostname()} since 2" in str(caught.value)
+        with Memory.open(path) as reader:
+            feeder.check(reader)
+        process.stdin.close()
+    Memory.open(path, "a").close()
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(make):
+    path = make().memory.path
+    Memory.open(path).close()
+    make("other.mctx").memory.close()
+    with pytest.raises(MemoryLockedError, match=f"process {os.getpid()} "):
+        Memory.open(path, "a")
+    other = path.with_name("other.mctx")
+    with hold(other) as process:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert json.loads((other / "lock").read_text())["pid"] == process.pid
+        with Memory.open(other, "a"):
+            assert json.loads((other / "lock").read_text())["pid"] == os.getpid()
+
+
+def test_an_unreadable_owner_does_not_hide_the_lock(tmp_path):
+    lock = WriterLock.acquire(tmp_path)
+    for content in ("", "{}", "[1]", '{"pid": "x", "host": 1, "started": 1e999}', "\xff"):
+        lock.path.write_text(content)
+        with pytest.raises(MemoryLockedError, match="another process"):
+            WriterLock.acquire(tmp_path)
+    lock.release()
+    lock.release()
+    WriterLock.acquire(tmp_path).release()
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(errno.EROFS, ReadOnlyMemoryError), (errno.EIO, MemoryStoreError)]
+)
+def test_a_lock_file_that_cannot_be_made_says_why(tmp_path, monkeypatch, number, error):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(error, match="lock"):
+        WriterLock.acquire(tmp_path)
