@@ -1,0 +1,1 @@
+"""Data generators, objectives and training loops."""

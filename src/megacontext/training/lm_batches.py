@@ -1,0 +1,195 @@
+"""Batches for training the base model: prose and generated recall tasks, weighted by token."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zstandard
+from pydantic import Field
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from megacontext.config import FrozenConfig
+from megacontext.errors import DataError
+from megacontext.tasks.documents import Piece
+from megacontext.tasks.recall_documents import Prose, RecallDocuments
+
+END_OF_TEXT = "<|endoftext|>"
+_ROWS_PER_STEP = 4096
+
+
+class MixtureConfig(FrozenConfig):
+    """Shares of a training row (they are normalised) and loss weights of its tokens."""
+
+    prose_share: float = Field(default=0.25, ge=0)
+    recall_share: float = Field(default=0.65, ge=0)
+    copy_share: float = Field(default=0.10, ge=0)
+    prose_weight: float = Field(default=1.0, ge=0)
+    statement_weight: float = Field(default=0.2, ge=0)
+    answer_weight: float = Field(default=4.0, gt=0)
+    statement_share: float = Field(
+        default=0.25, gt=0, le=1, description="share of statement tokens that are scored at all"
+    )
+    shortest_document: int = Field(default=48, ge=16, description="tokens")
+
+
+@dataclass(frozen=True)
+class LMBatch:
+    """One training batch.
+
+    Args:
+        ids: ``[batch, length]`` int64 token ids.
+        weights: ``[batch, length]`` float32; the loss weight of predicting this very token.
+    """
+
+    ids: Tensor
+    weights: Tensor
+
+
+def read_documents(paths: Sequence[Path]) -> list[str]:
+    """Documents of text files (plain or ``.zst``), split at ``<|endoftext|>``.
+
+    Raises:
+        DataError: a file is missing or is not UTF-8 text.
+    """
+    documents: list[str] = []
+    for path in paths:
+        try:
+            raw = path.read_bytes()
+            if path.suffix == ".zst":
+                raw = zstandard.ZstdDecompressor().stream_reader(raw).read()
+            text = raw.decode("utf-8")
+        except FileNotFoundError:
+            raise DataError(f"{path}: no such file; name an existing text file in `corpus`") from None
+        except (zstandard.ZstdError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: not (compressed) UTF-8 text: {error}") from None
+        documents += [part.strip() for part in text.split(END_OF_TEXT) if part.strip()]
+    return documents
+
+
+class RowSampler:
+    """Builds training rows; a row is a pure function of the seed and its number.
+
+    Args:
+        tokenizer: byte-level tokenizer with ``<|endoftext|>``.
+        prose: training texts.
+        mixture: shares and weights.
+        seed: seed of the whole run.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prose: Prose, mixture: MixtureConfig, seed: int
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.prose = prose
+        self.mixture = mixture
+        self.seed = seed
+        self.end_id: int = tokenizer.token_to_id(END_OF_TEXT)
+        self._weights = {
+            "prose": mixture.prose_weight,
+            "statement": mixture.statement_weight,
+            "question": mixture.statement_weight,
+            "answer": mixture.answer_weight,
+            "copy": 1.0,
+        }
+
+    def with_mixture(self, mixture: MixtureConfig) -> RowSampler:
+        """The same sampler with other shares and weights."""
+        return RowSampler(self.tokenizer, self.prose, mixture, self.seed)
+
+    def row(self, number: int, length: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Token ids and weights, each ``[length]``, of row ``number``."""
+        rng = random.Random(f"{self.seed}/{number}")
+        recall = RecallDocuments(rng, self.prose)
+        ids: list[int] = []
+        weights: list[float] = []
+        while len(ids) < length:
+            room = length - len(ids)
+            for text_ids, weight in self.encode(self._document(rng, recall, room)):
+                ids += text_ids
+                weights += self._token_weights(rng, weight, len(text_ids))
+            ids.append(self.end_id)
+            weights.append(self.mixture.statement_weight)
+        return (
+            np.array(ids[:length], dtype=np.int64),
+            np.array(weights[:length], dtype=np.float32),
+        )
+
+    def encode(self, pieces: Sequence[Piece]) -> Iterator[tuple[list[int], float]]:
+        """Token ids and loss weight of every piece."""
+        encodings = self.tokenizer.encode_batch_fast([piece.text for piece in pieces])
+        for piece, encoding in zip(pieces, encodings, strict=True):
+            yield encoding.ids, self._weights[piece.kind]
+
+    def _token_weights(self, rng: random.Random, weight: float, count: int) -> list[float]:
+        """Weights of a piece; statements are scored in a sample, since the output layer is dear."""
+        share = self.mixture.statement_share
+        if weight != self.mixture.statement_weight or share == 1.0:
+            return [weight] * count
+        return [weight / share if rng.random() < share else 0.0 for _ in range(count)]
+
+    def _document(self, rng: random.Random, recall: RecallDocuments, room: int) -> list[Piece]:
+        mixture = self.mixture
+        kind = rng.choices(
+            ("prose", "recall", "copy"),
+            weights=(mixture.prose_share, mixture.recall_share, mixture.copy_share),
+        )[0]
+        shortest = mixture.shortest_document
+        size = room
+        if room > 2 * shortest:
+            # Log-uniform: as many short, dense documents as long ones.
+            size = int(shortest * (room / shortest) ** rng.random())
+        if kind == "copy":
+            return recall.copy(min(size, 160))
+        if kind == "prose":
+            return [Piece(self.prose.slice(rng, size * 4), "prose")]
+        return recall.draw(int(size * 0.95))
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """What the batch of one training step is made of."""
+
+    rows: int
+    length: int
+    sampler: RowSampler
+
+
+class _Rows(Dataset[LMBatch]):
+    """Batch ``step`` of a run in which every phase has its own rows."""
+
+    def __init__(self, plan: Sequence[PlannedStep], first: int) -> None:
+        self.plan = plan
+        self.first = first
+
+    def __len__(self) -> int:
+        return len(self.plan) - self.first
+
+    def __getitem__(self, index: int) -> LMBatch:
+        step = self.first + index
+        planned = self.plan[step]
+        drawn = [
+            planned.sampler.row(step * _ROWS_PER_STEP + row, planned.length)
+            for row in range(planned.rows)
+        ]
+        return LMBatch(
+            torch.from_numpy(np.stack([ids for ids, _ in drawn])),
+            torch.from_numpy(np.stack([weights for _, weights in drawn])),
+        )
+
+
+def batches(
+    plan: Sequence[PlannedStep], *, first: int = 0, workers: int = 1
+) -> Iterator[LMBatch]:
+    """Batches for the steps ``first`` onward of ``plan``."""
+    rows = _Rows(plan, first)
+    yield from DataLoader(
+        rows, batch_size=None, num_workers=workers, prefetch_factor=8 if workers else None
+    )

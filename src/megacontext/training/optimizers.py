@@ -1,0 +1,99 @@
+"""Muon for the matrices of a transformer, AdamW for everything else, as one object."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from megacontext.config import FrozenConfig
+
+
+class OptimizerConfig(FrozenConfig):
+    """Learning rates at their peak, warm-up and decay.
+
+    The rate rises linearly over ``warmup_steps``, stays, and falls linearly to zero over the last
+    ``decay_share`` of all steps (Hägele et al., 2024, arXiv 2405.18392).
+    """
+
+    muon_lr: float = Field(default=5e-3, gt=0)
+    adam_lr: float = Field(default=3e-3, gt=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    warmup_steps: int = Field(default=50, ge=0)
+    decay_share: float = Field(default=0.3, ge=0, le=1)
+    clip_norm: float = Field(default=1.0, gt=0)
+
+
+class HybridOptimizer:
+    """`Muon <https://kellerjordan.github.io/posts/muon/>`_ for hidden matrices, AdamW for the rest.
+
+    Args:
+        named_parameters: the trainable parameters.
+        config: rates and schedule.
+    """
+
+    def __init__(
+        self, named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig
+    ) -> None:
+        self.config = config
+        self.names: list[list[str]] = [[], []]
+        groups: list[list[nn.Parameter]] = [[], []]
+        for name, parameter in named_parameters:
+            matrix = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
+            groups[0 if matrix else 1].append(parameter)
+            self.names[0 if matrix else 1].append(name)
+        self.parameters = [*groups[0], *groups[1]]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(
+                groups[0],
+                lr=config.muon_lr,
+                weight_decay=config.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            ),
+            torch.optim.AdamW(
+                groups[1], lr=config.adam_lr, betas=(0.9, 0.98), weight_decay=0.0
+            ),
+        ]
+
+    def rate(self, step: int, total: int) -> float:
+        """The share of the peak learning rate at ``step`` of ``total``."""
+        warm = min(1.0, (step + 1) / max(1, self.config.warmup_steps))
+        decay = max(1.0, total * self.config.decay_share)
+        return min(warm, (total - step) / decay) if step >= total - decay else warm
+
+    def step(self, rate: float) -> float:
+        """Clips, updates and clears the gradients; returns the gradient norm before clipping."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
+        peaks = (self.config.muon_lr, self.config.adam_lr)
+        for optimizer, peak in zip(self.optimizers, peaks, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The whole state as named tensors, fit for safetensors."""
+        tensors: dict[str, Tensor] = {}
+        for optimizer, names in zip(self.optimizers, self.names, strict=True):
+            parameters = optimizer.param_groups[0]["params"]
+            for name, parameter in zip(names, parameters, strict=True):
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    tensors[f"{name}|{key}"] = torch.as_tensor(value).detach().clone()
+        return tensors
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restores what :meth:`state_tensors` gave."""
+        for optimizer, names in zip(self.optimizers, self.names, strict=True):
+            parameters = optimizer.param_groups[0]["params"]
+            for name, parameter in zip(names, parameters, strict=True):
+                state: dict[str, Any] = {
+                    key.rpartition("|")[2]: value.clone()
+                    for key, value in tensors.items()
+                    if key.rpartition("|")[0] == name
+                }
+                if state:
+                    optimizer.state[parameter] = state
