@@ -1,0 +1,405 @@
+"""The engine: ingests text, keeps the focus moving, and decodes with the frozen base model."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from megacontext.config import FrozenConfig
+from megacontext.errors import InputError, MemoryMismatchError
+from megacontext.gistnet import GistNet
+from megacontext.lensnet import LensNet
+from megacontext.memory import Memory, MemoryIdentity, Source
+from megacontext.runtime.base_model import BaseModel
+from megacontext.runtime.context_input import ContextInput
+from megacontext.runtime.context_reader import ContextReader
+from megacontext.runtime.focus_allocator import AllocatorConfig, FocusAllocator
+from megacontext.runtime.focus_loop import FocusLoop, FocusRecord
+from megacontext.runtime.focus_policies import FocusPolicy, LexicalPolicy
+from megacontext.runtime.focus_scores import FocusPlan
+from megacontext.runtime.gist_builder import GistBuilder
+from megacontext.runtime.ingest import Ingested, Ingestor, Progress
+from megacontext.runtime.kv_cache import ContextCache
+from megacontext.runtime.sampling import TokenSampler
+from megacontext.runtime.working_context import PositionPolicy, WorkingContext
+from megacontext.telemetry import Telemetry
+
+_STREAM_BLOCKS = 32
+
+
+class EngineConfig(FrozenConfig):
+    """Sizes and habits of one session.
+
+    Attributes:
+        budget: ``W``, the most token-equivalents that context, prompt and answer cost together.
+        tail_tokens: newest tokens that are always raw.
+        positions: ``packed`` or ``timeline``.
+        query_tokens: how many of the newest tokens ask, where there is no prompt.
+        refocus_rounds: most rounds before an answer; fewer when a round edits nothing.
+        chunk_tokens: most tokens per commit while ingesting.
+        keep_records: refocus records kept for ``explain``.
+        allocator: thresholds of the allocator.
+    """
+
+    budget: int = Field(default=1024, ge=64)
+    tail_tokens: int = Field(default=256, ge=0)
+    positions: PositionPolicy = "packed"
+    query_tokens: int = Field(default=64, ge=1)
+    refocus_rounds: int = Field(default=2, ge=1, le=16)
+    chunk_tokens: int = Field(default=32_768, ge=32)
+    keep_records: int = Field(default=8_192, ge=1)
+    allocator: AllocatorConfig = AllocatorConfig()
+
+
+@dataclass(frozen=True)
+class DecodedToken:
+    """One token of an answer.
+
+    Attributes:
+        id: the token.
+        text: what it adds to the text; empty while a character is incomplete.
+        index: its place in the stream: tokens of history and prompt before it.
+        round: the refocus whose working context it was written from.
+    """
+
+    id: int
+    text: str
+    index: int
+    round: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a span was in context when a token was written.
+
+    Attributes:
+        token: the token asked about.
+        record: the refocus in force: entries, proposals and edits.
+    """
+
+    token: DecodedToken
+    record: FocusRecord
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """Where a session stands; ``entries`` counts working entries by level."""
+
+    cursor: int
+    budget: int
+    cost: int
+    entries: dict[int, int]
+    rounds: int
+    policy: str
+    swap_rate: float
+    residency: float
+    utilization: float
+
+
+@dataclass
+class _Reading:
+    """What the base has read for the answer being written."""
+
+    context: ContextInput
+    cache: ContextCache
+    logits: Tensor = field(repr=False)
+
+
+class Engine:
+    """A frozen base model with a memory.
+
+    Args:
+        base: the base model; never changed.
+        memory: open for reading, or for writing to ingest and remember.
+        gistnet: the memory's compressor; the mean of a span's embeddings by default.
+        policy: what to focus on; BM25 by default, which needs no training.
+        lens: makes the keys stored beside gists, where the memory has any.
+        config: sizes and habits.
+        telemetry: told of every step.
+
+    Raises:
+        MemoryMismatchError: the memory was made with other models.
+        ConfigError: the budget is too small for the history, or too large for the base.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        memory: Memory,
+        *,
+        gistnet: GistNet | None = None,
+        policy: FocusPolicy | None = None,
+        lens: LensNet | None = None,
+        config: EngineConfig | None = None,
+        telemetry: Telemetry | None = None,
+    ) -> None:
+        self.base = base
+        self.memory = memory
+        self.gistnet = GistNet.untrained(base.d_model) if gistnet is None else gistnet
+        self.config = EngineConfig() if config is None else config
+        self.telemetry = Telemetry() if telemetry is None else telemetry
+        self._check_identity(lens)
+        self.ingestor = Ingestor(
+            base,
+            GistBuilder(base, self.gistnet, lens),
+            memory,
+            self.telemetry,
+            chunk_tokens=self.config.chunk_tokens,
+        )
+        reader = ContextReader(
+            base,
+            self.gistnet,
+            memory,
+            positions=self.config.positions,
+            max_positions=base.max_positions,
+        )
+        self.reader = reader
+        self.focus = FocusLoop(
+            base,
+            memory,
+            reader,
+            LexicalPolicy() if policy is None else policy,
+            FocusAllocator(self.config.allocator),
+            self.telemetry,
+            budget=self.config.budget,
+            tail_tokens=self.config.tail_tokens,
+            gist_cost=self.gistnet.cost,
+            query_tokens=self.config.query_tokens,
+            keep_records=self.config.keep_records,
+        )
+        self._decoded: deque[DecodedToken] = deque(maxlen=self.config.keep_records)
+
+    @staticmethod
+    def identity(
+        base: BaseModel, gistnet: GistNet | None = None, lens: LensNet | None = None
+    ) -> MemoryIdentity:
+        """What a memory for these models must be created with."""
+        net = GistNet.untrained(base.d_model) if gistnet is None else gistnet
+        return MemoryIdentity(
+            base_model=base.name,
+            tokenizer_hash=base.tokenizer_hash,
+            gist_version=net.version if lens is None else f"{net.version}+{lens.version}",
+            block_size=net.config.block_size,
+            gist_width=net.config.gist_width,
+            key_width=0 if lens is None else lens.config.key_width,
+            gist_dtype="fp16",
+        )
+
+    @property
+    def context(self) -> WorkingContext:
+        """The working context now."""
+        return self.focus.context
+
+    def ingest(
+        self,
+        text: str | Iterable[str],
+        source: Source | None = None,
+        progress: Progress | None = None,
+    ) -> Ingested:
+        """Appends a text, or a stream of texts, to the memory and moves the cursor behind it.
+
+        Args:
+            text: any Unicode text.
+            source: where it came from.
+            progress: called with the number of tokens of every commit.
+
+        Raises:
+            MemoryStoreError: a commit failed; all commits before it stand.
+            ConfigError: the history's coarsest tiling no longer fits into the budget.
+        """
+        taken = self.ingestor.ingest(text, source, progress)
+        self.focus.advance(self.memory.n_tokens)
+        return taken
+
+    def stream(
+        self, text: str | Iterable[str], source: Source | None = None
+    ) -> Iterator[FocusRecord]:
+        """Ingests a text and lets the focus follow it block by block, as if it were being read.
+
+        Yields:
+            The record of the refocus after every ``K`` tokens; the cursor then stands behind them.
+        """
+        size = self.memory.identity.block_size
+        source_id = self.memory.begin_source(source) if source is not None else None
+        nothing = torch.empty(0, dtype=torch.int64)
+        # Commits of several blocks at a time; the cursor still moves block by block.
+        for tokens in self.ingestor.token_chunks(text, _STREAM_BLOCKS * size):
+            self.ingestor.append(tokens, source_id)
+            cursor = self.focus.context.cursor // size * size + size
+            while cursor <= self.memory.n_tokens:
+                self.focus.advance(cursor)
+                self.focus.refocus(nothing, reserve=size, reason="stream")
+                yield self.focus.records[-1]
+                cursor += size
+        self.focus.advance(self.memory.n_tokens)
+
+    def refocus(self, query: str = "", *, reserve: int = 0) -> FocusPlan:
+        """One round of score, allocate and new working context.
+
+        Args:
+            query: text to focus for; the newest tokens if empty.
+            reserve: token-equivalents to keep free besides the query's own.
+        """
+        pending = self.base.encode(query)
+        return self.focus.refocus(pending, reserve=len(pending) + reserve, reason="request")
+
+    def generate(
+        self,
+        prompt: str = "",
+        *,
+        max_new_tokens: int = 256,
+        stop: str = "",
+        remember: bool = True,
+        seed: int = 0,
+        **sampling: Any,
+    ) -> Iterator[DecodedToken]:
+        """Decodes a continuation of history and prompt, token by token.
+
+        Args:
+            prompt: text that follows the history.
+            max_new_tokens: most tokens to decode.
+            stop: text at which to end (it is not part of the answer); none if empty.
+            remember: whether prompt and answer become part of the memory.
+            seed: of the sampler.
+            sampling: overrides of the model's generation settings, such as ``temperature``.
+
+        Raises:
+            InputError: there is nothing to continue, or the prompt does not fit into the budget.
+            ReadOnlyMemoryError: ``remember`` is asked of a memory open for reading.
+        """
+        sampler = TokenSampler(self.base.generation_config, seed, **sampling)
+        pending = self.base.encode(prompt)
+        if remember and len(pending):
+            self._commit(pending)
+            pending = pending[:0]
+        size = self.memory.identity.block_size
+        reading = self._focus_and_read(None, pending, self.config.refocus_rounds)
+        answer: list[int] = []
+        text = ""
+        started = time.perf_counter()
+        while len(answer) < max_new_tokens:
+            token = sampler.choose(reading.logits, pending)
+            if sampler.is_end(token):
+                break
+            answer.append(token)
+            pending = torch.cat((pending, torch.tensor([token])))
+            whole = self.base.decode(answer)
+            fresh = "" if whole.endswith("\ufffd") else whole[len(text) :]
+            text += fresh
+            if stop and stop in text:
+                answer.pop()
+                pending = pending[:-1]
+                break
+            yield self._record(token, fresh, len(pending))
+            if len(answer) % size == 0:
+                if remember:
+                    self._commit(pending)
+                    pending = pending[:0]
+                reading = self._focus_and_read(reading, pending, 1)
+            else:
+                reading.logits = self._step(reading, token)
+        if remember and len(pending):
+            self._commit(pending)
+        self._report_decode(len(answer), started)
+
+    def ask(self, prompt: str, **options: Any) -> str:
+        """The whole answer of :meth:`generate`, without remembering prompt and answer."""
+        stop = options.get("stop", "")
+        tokens = self.generate(prompt, **{"remember": False, **options})
+        answer = self.base.decode([token.id for token in tokens])
+        return answer.partition(stop)[0] if stop else answer
+
+    def explain(self, index: int) -> Explanation:
+        """Why the entries were in context when the token at ``index`` was decoded.
+
+        Args:
+            index: :attr:`DecodedToken.index`.
+
+        Raises:
+            InputError: no token was decoded there in this session, or its record is too old.
+        """
+        token = next((t for t in reversed(self._decoded) if t.index == index), None)
+        if token is None:
+            raise InputError(f"token {index} was not decoded in this session")
+        record = next((r for r in self.focus.records if r.round == token.round), None)
+        if record is None:
+            raise InputError(
+                f"the record of refocus {token.round} is no longer kept; raise keep_records "
+                f"(now {self.config.keep_records})"
+            )
+        return Explanation(token, record)
+
+    def state(self) -> EngineState:
+        """Where the session stands."""
+        context, meter = self.context, self.focus.meter
+        levels, counts = torch.unique(context.levels, return_counts=True)
+        return EngineState(
+            cursor=context.cursor,
+            budget=context.budget,
+            cost=context.cost,
+            entries=dict(zip(levels.tolist(), counts.tolist(), strict=True)),
+            rounds=self.focus.state.round,
+            policy=self.focus.policy.name,
+            swap_rate=meter.swap_rate,
+            residency=meter.residency,
+            utilization=meter.utilization,
+        )
+
+    def _check_identity(self, lens: LensNet | None) -> None:
+        difference = self.memory.identity.explain_difference(
+            self.identity(self.base, self.gistnet, lens)
+        )
+        if difference is not None:
+            raise MemoryMismatchError(f"{self.memory.path.name}: {difference}")
+
+    def _commit(self, tokens: Tensor) -> None:
+        self.ingestor.append(tokens)
+        self.focus.advance(self.memory.n_tokens)
+
+    def _focus_and_read(self, old: _Reading | None, pending: Tensor, rounds: int) -> _Reading:
+        """Refocuses, then reads what changed; KV ``exact``: recomputed from the first change on."""
+        reserve = len(pending) + self.memory.identity.block_size
+        if reserve + self.context.coarsest_cost > self.config.budget:
+            raise InputError(
+                f"a prompt of {len(pending)} tokens does not fit beside the coarsest context "
+                f"({self.context.coarsest_cost} of a budget of {self.config.budget}); "
+                f"remember it (remember=True), shorten it, or raise the budget"
+            )
+        if self.context.cursor + len(pending) == 0:
+            raise InputError("there is nothing to continue: the memory and the prompt are empty")
+        for _ in range(rounds):
+            plan = self.focus.refocus(pending, reserve=reserve)
+            if not any(edit.kind == "expand" for edit in plan.edits):
+                break
+        new = self.reader.read(self.context, pending)
+        cache = None if old is None else self.base.resume(old.cache, old.context, new)
+        read = self.base.prefill(new, cache, keep=1)
+        return _Reading(new, read.cache, read.logits[-1])
+
+    def _step(self, reading: _Reading, token: int) -> Tensor:
+        position = reading.cache.positions[-1:] + 1
+        return self.base.step(torch.tensor([token]), position.cpu(), reading.cache)[-1]
+
+    def _record(self, token: int, text: str, pending: int) -> DecodedToken:
+        decoded = DecodedToken(
+            token, text, self.context.cursor + pending - 1, self.focus.state.round
+        )
+        self._decoded.append(decoded)
+        return decoded
+
+    def _report_decode(self, tokens: int, started: float) -> None:
+        if self.telemetry.enabled:
+            self.telemetry.decode(
+                generation=self.memory.generation,
+                start=self.context.cursor,
+                tokens=tokens,
+                cost=self.context.cost,
+                ms=(time.perf_counter() - started) * 1000,
+            )

@@ -1,0 +1,229 @@
+"""Keeps one working context in step with a growing history: room, scores, edits, records."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megacontext.errors import InputError
+from megacontext.memory import Memory
+from megacontext.runtime.base_model import BaseModel
+from megacontext.runtime.context_reader import ContextReader
+from megacontext.runtime.focus_allocator import FocusAllocator
+from megacontext.runtime.focus_metrics import FocusMeter
+from megacontext.runtime.focus_policies import FocusPolicy, FocusView
+from megacontext.runtime.focus_scores import AllocatorState, Edit, FocusPlan, FocusScores
+from megacontext.runtime.working_context import WorkingContext
+from megacontext.telemetry import Span, Telemetry
+
+_TOP_SCORES = 16
+
+
+@dataclass(frozen=True)
+class FocusRecord:
+    """What one refocus saw and did, for :meth:`Engine.explain` and for the playback.
+
+    Attributes:
+        round: number of the refocus.
+        cursor: tokens of history.
+        policy: name of the policy.
+        spans: ``[n, 3]`` int64: level, start, end of every entry afterwards.
+        proposals: ``(block, nats)`` of the best proposals.
+        edits: what was changed.
+        cost: token-equivalents afterwards.
+    """
+
+    round: int
+    cursor: int
+    policy: str
+    spans: Tensor
+    proposals: tuple[tuple[int, float], ...]
+    edits: tuple[Edit, ...]
+    cost: int
+
+
+class FocusLoop:
+    """The working context of one session.
+
+    Args:
+        base: the frozen base model.
+        memory: the history.
+        reader: lays contexts out for the base.
+        policy: scores.
+        allocator: edits.
+        telemetry: told of every refocus.
+        budget: ``W``.
+        tail_tokens: newest tokens that stay raw.
+        gist_cost: ``S``.
+        query_tokens: how many of the newest tokens ask.
+        keep_records: how many records to keep.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        memory: Memory,
+        reader: ContextReader,
+        policy: FocusPolicy,
+        allocator: FocusAllocator,
+        telemetry: Telemetry,
+        *,
+        budget: int,
+        tail_tokens: int,
+        gist_cost: int,
+        query_tokens: int,
+        keep_records: int,
+    ) -> None:
+        self.base = base
+        self.memory = memory
+        self.reader = reader
+        self.policy = policy
+        self.allocator = allocator
+        self.telemetry = telemetry
+        self.query_tokens = query_tokens
+        self.context = WorkingContext.initial(
+            memory.n_tokens,
+            block_size=memory.identity.block_size,
+            gist_cost=gist_cost,
+            budget=budget,
+            tail_tokens=tail_tokens,
+        )
+        self.state = AllocatorState.initial()
+        self.meter = FocusMeter()
+        self.records: deque[FocusRecord] = deque(maxlen=keep_records)
+
+    def advance(self, cursor: int, reserve: int = 0) -> None:
+        """Moves the cursor to ``cursor``; what no longer fits collapses, oldest first.
+
+        Raises:
+            InputError: the memory holds fewer tokens, or the cursor would move back.
+        """
+        context = self.context
+        if not context.cursor <= cursor <= self.memory.n_tokens:
+            raise InputError(
+                f"cannot move the cursor from {context.cursor} to {cursor}; the memory holds "
+                f"{self.memory.n_tokens} tokens and history only grows"
+            )
+        if cursor - context.cursor > context.budget:
+            # Everything raw so far leaves the window anyway: start from the coarsest tiling.
+            self.context = WorkingContext.initial(
+                cursor,
+                block_size=context.block_size,
+                gist_cost=context.gist_cost,
+                budget=context.budget,
+                tail_tokens=context.tail_tokens,
+            )
+        else:
+            self.context = context.extend(cursor - context.cursor)
+        if self.context.cost > self.context.budget - reserve:
+            unknown = FocusScores.unknown(len(self.context))
+            plan = self.allocator.make_room(self.context, unknown, self.state, reserve)
+            self.context = plan.context
+
+    def refocus(self, pending: Tensor, *, reserve: int = 0, reason: str = "decode") -> FocusPlan:
+        """One round of scores and edits.
+
+        Args:
+            pending: ``[p]`` int64, tokens behind the cursor that the model reads as well.
+            reserve: token-equivalents to keep free for pending and coming tokens.
+            reason: why, for telemetry.
+
+        Raises:
+            ConfigError: even the coarsest context leaves too little room.
+        """
+        started = time.perf_counter()
+        before = self.context
+        scores = self.policy.score(self.view(pending))
+        scored = time.perf_counter()
+        plan = self.allocator.plan(before, scores, self.state, reserve)
+        self.meter.observe(before, plan)
+        self.context, self.state = plan.context, plan.state
+        record = FocusRecord(
+            round=plan.state.round,
+            cursor=before.cursor,
+            policy=self.policy.name,
+            spans=plan.context.spans(),
+            proposals=_best(scores),
+            edits=plan.edits,
+            cost=plan.context.cost,
+        )
+        self.records.append(record)
+        self._report(record, plan, (scored - started) * 1000, started, reason)
+        return plan
+
+    def view(self, pending: Tensor) -> FocusView:
+        """What the policy may look at now."""
+        cursor = self.context.cursor
+        query = pending[-self.query_tokens :]
+        if not len(query):
+            query = self.memory.tokens(max(0, cursor - self.query_tokens), cursor).long()
+        return FocusView(self.context, self.memory, self.base, self.reader, query, pending)
+
+    def _report(
+        self, record: FocusRecord, plan: FocusPlan, score_ms: float, started: float, reason: str
+    ) -> None:
+        if not self.telemetry.enabled:
+            return
+        generation, size = self.memory.generation, self.memory.identity.block_size
+        self.telemetry.score(
+            generation=generation,
+            policy=record.policy,
+            entries=len(plan.context),
+            spans=[Span(0, block * size, (block + 1) * size) for block, _ in record.proposals],
+            scores=[score for _, score in record.proposals],
+            ms=score_ms,
+        )
+        for edit in record.edits:
+            parent = [Span(edit.level, edit.start, edit.end)]
+            children = _children(edit, size)
+            expand = edit.kind == "expand"
+            self.telemetry.edit(
+                generation=generation,
+                action=edit.kind,
+                removed=parent if expand else children,
+                added=children if expand else parent,
+                score=edit.score,
+                cost_change=edit.cost_change,
+                reason=edit.reason,
+            )
+        self.telemetry.refocus(
+            generation=generation,
+            round=record.round,
+            policy=record.policy,
+            cursor=record.cursor,
+            entries=len(plan.context),
+            edits=len(plan.edits),
+            cost=record.cost,
+            budget=plan.context.budget,
+            recomputed=plan.context.cost,
+            reason=reason,
+            ms=(time.perf_counter() - started) * 1000,
+        )
+
+
+def _best(scores: FocusScores) -> tuple[tuple[int, float], ...]:
+    if not len(scores.proposal_blocks):
+        return ()
+    utility, order = torch.topk(
+        scores.proposal_utility, min(_TOP_SCORES, len(scores.proposal_utility))
+    )
+    return tuple(zip(scores.proposal_blocks[order].tolist(), utility.tolist(), strict=True))
+
+
+def _children(edit: Edit, block_size: int) -> list[Span]:
+    """The entries on the fine side of an edit: of a chain, those that its steps leave."""
+    opened = {step: True for step in edit.steps}
+    children: list[Span] = []
+    for level, start in edit.steps:
+        if level == 1:
+            children.append(Span(0, start, start + block_size))
+            continue
+        width = block_size ** (level - 1)
+        for child in range(start, start + block_size**level, width):
+            if (level - 1, child) not in opened:
+                children.append(Span(level - 1, child, child + width))
+    return sorted(children, key=lambda span: span.start)

@@ -1,0 +1,166 @@
+"""Focus policies: what each part of the history is worth for what comes next.
+
+All of them give the same :class:`~megacontext.runtime.focus_scores.FocusScores` and drive the same
+allocator, so that a learned lens has honest rivals.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megacontext.memory import Memory
+from megacontext.runtime.base_model import BaseModel
+from megacontext.runtime.context_reader import ContextReader
+from megacontext.runtime.focus_scores import FocusScores
+from megacontext.runtime.working_context import WorkingContext
+
+
+@dataclass(frozen=True)
+class FocusView:
+    """What a policy may look at.
+
+    Attributes:
+        context: the working context to score.
+        memory: the whole history.
+        base: the frozen base model.
+        reader: reads the context as the base would.
+        query: ``[q]`` int64, the newest tokens: the prompt if there is one, else the tail's end.
+        pending: ``[p]`` int64, tokens behind the cursor which are not in the memory yet.
+    """
+
+    context: WorkingContext
+    memory: Memory
+    base: BaseModel
+    reader: ContextReader
+    query: Tensor
+    pending: Tensor
+
+
+class FocusPolicy(Protocol):
+    """Scores a working context."""
+
+    @property
+    def name(self) -> str:
+        """Name of the policy, as configs and telemetry give it."""
+        ...
+
+    def score(self, view: FocusView) -> FocusScores:
+        """Utilities in nats for the entries and for blocks anywhere in the history."""
+        ...
+
+
+class RecencyPolicy:
+    """Knows nothing but age: asks for nothing, so that the oldest detail makes room first."""
+
+    name = "recency"
+
+    def score(self, view: FocusView) -> FocusScores:
+        """No proposals, and zero for every entry."""
+        return FocusScores.unknown(len(view.context))
+
+
+class LexicalPolicy:
+    """BM25 between the query and every block; needs no training.
+
+    A hit lends some of its score to its neighbours, since a statement often crosses a border.
+
+    Args:
+        proposals: most blocks to propose.
+        nats_per_point: what one point of BM25 score counts as, in nats.
+        relative_floor: hits below this share of the best one are left out.
+    """
+
+    name = "lexical"
+
+    def __init__(
+        self,
+        *,
+        proposals: int = 8,
+        nats_per_point: float = 0.1,
+        relative_floor: float = 0.5,
+        neighbour_share: tuple[float, float] = (0.5, 0.8),
+    ) -> None:
+        self.proposals = proposals
+        self.nats_per_point = nats_per_point
+        self.relative_floor = relative_floor
+        self.neighbour_share = neighbour_share
+
+    def score(self, view: FocusView) -> FocusScores:
+        """Proposes the best blocks and their neighbours."""
+        blocks, utility = self.search(view)
+        return proposals_to_scores(view.context, blocks, utility)
+
+    def search(self, view: FocusView) -> tuple[Tensor, Tensor]:
+        """Blocks ``[m]`` int64 (each once) and utilities ``[m]`` float32 in nats, best first."""
+        context = view.context
+        n_blocks = context.cursor // context.block_size
+        # Hits behind the cursor or in the tail are dropped below, so ask for more than needed.
+        found, points = view.memory.search_blocks(
+            view.base.decode(view.query), self.proposals * 2 + 16
+        )
+        old = found < min(n_blocks, context.raw_start // context.block_size)
+        found, points = found[old][: self.proposals], points[old][: self.proposals]
+        if not len(found):
+            return found, points
+        kept = points >= self.relative_floor * points[0]
+        found, points = found[kept], points[kept]
+        before, after = self.neighbour_share
+        blocks = torch.cat((found, found - 1, found + 1))
+        utility = torch.cat((points, points * before, points * after)) * self.nats_per_point
+        inside = (blocks >= 0) & (blocks < n_blocks)
+        blocks, utility = blocks[inside], utility[inside]
+        unique, where = torch.unique(blocks, return_inverse=True)
+        best = torch.zeros(len(unique)).scatter_reduce(0, where, utility, "amax")
+        order = torch.argsort(best, descending=True, stable=True)
+        return unique[order], best[order]
+
+
+class AttentionPolicy:
+    """The base model's own attention from the query to the entries; needs no training.
+
+    Args:
+        nats_per_mass: what attention mass 1.0 counts as, in nats.
+        query_rows: newest rows whose attention is read.
+    """
+
+    name = "attention"
+
+    def __init__(self, *, nats_per_mass: float = 20.0, query_rows: int = 16) -> None:
+        self.nats_per_mass = nats_per_mass
+        self.query_rows = query_rows
+
+    def score(self, view: FocusView) -> FocusScores:
+        """An entry is worth what the query's rows attend to it."""
+        context = view.context
+        if not len(context):
+            return FocusScores.unknown(0)
+        reading = view.reader.read(context, view.pending)
+        mass = view.base.attention_to(reading, min(self.query_rows, reading.n_rows)).float()
+        rows = torch.where(context.levels > 0, context.gist_cost, context.widths)
+        entry = torch.repeat_interleave(rows)
+        if reading.n_gists:
+            is_gist = context.levels[entry] > 0
+            ordered = torch.cat((entry[is_gist], entry[~is_gist]))
+        else:
+            ordered = entry
+        sums = torch.zeros(len(context)).index_add_(0, ordered, mass[: len(ordered)])
+        utility = sums * self.nats_per_mass
+        nothing = torch.empty(0)
+        return FocusScores(
+            nothing.long(), nothing, utility, utility.masked_fill(context.levels == 0, 0.0)
+        )
+
+
+def proposals_to_scores(context: WorkingContext, blocks: Tensor, utility: Tensor) -> FocusScores:
+    """Scores from proposals alone: a proposed block that is raw already is kept for its utility."""
+    entry_utility = torch.zeros(len(context))
+    if len(blocks):
+        entries = context.indices_of(blocks * context.block_size)
+        raw = context.levels[entries] == 0
+        entry_utility.scatter_reduce_(0, entries[raw], utility[raw].float(), "amax")
+        blocks, utility = blocks[~raw], utility[~raw]
+    return FocusScores(blocks, utility.float(), entry_utility, torch.zeros(len(context)))

@@ -1,0 +1,142 @@
+"""Takes texts into a memory: tokens, gists of every level, keys and index, commit by commit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megacontext.memory import Memory, Source
+from megacontext.runtime.base_model import BaseModel
+from megacontext.runtime.gist_builder import GistBuilder
+from megacontext.runtime.text_pieces import text_pieces
+from megacontext.telemetry import Telemetry
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Ingested:
+    """Tokens ``[start, end)`` that one call took in."""
+
+    start: int
+    end: int
+
+
+class Ingestor:
+    """Appends to one memory, in constant memory whatever the length of the text.
+
+    Args:
+        base: tokenizer and embeddings.
+        builder: makes gists, keys and index texts.
+        memory: open for writing.
+        telemetry: told of every commit.
+        chunk_tokens: most tokens per commit.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        builder: GistBuilder,
+        memory: Memory,
+        telemetry: Telemetry,
+        *,
+        chunk_tokens: int,
+    ) -> None:
+        self.base = base
+        self.builder = builder
+        self.memory = memory
+        self.telemetry = telemetry
+        self.chunk_tokens = chunk_tokens
+
+    def ingest(
+        self,
+        text: str | Iterable[str],
+        source: Source | None = None,
+        progress: Progress | None = None,
+    ) -> Ingested:
+        """Appends a text, or a stream of texts which belong together.
+
+        Args:
+            text: any Unicode text.
+            source: where it came from; recorded with the range of its tokens.
+            progress: called with the number of tokens of every commit.
+
+        Raises:
+            MemoryStoreError: a commit failed; all commits before it stand.
+        """
+        start = self.memory.n_tokens
+        source_id = self.memory.begin_source(source) if source is not None else None
+        for tokens in self.token_chunks(text, self.chunk_tokens):
+            self.append(tokens, source_id, progress)
+        return Ingested(start, self.memory.n_tokens)
+
+    def token_chunks(self, text: str | Iterable[str], size: int) -> Iterator[Tensor]:
+        """Tokenizes a stream: ``[size]`` int64 token ids at a time, the last chunk shorter."""
+        held: list[Tensor] = []
+        count = 0
+        for piece in text_pieces(text):
+            ids = self.base.encode(piece)
+            held.append(ids)
+            count += len(ids)
+            if count >= size:
+                ready = torch.cat(held)
+                whole = count // size * size
+                yield from ready[:whole].split(size)
+                held, count = [ready[whole:]], count - whole
+        if count:
+            yield torch.cat(held)
+
+    def append(
+        self, tokens: Tensor, source_id: int | None = None, progress: Progress | None = None
+    ) -> None:
+        """Appends token ids ``[n]``, one commit per ``chunk_tokens``."""
+        for chunk in tokens.split(self.chunk_tokens):
+            started = time.perf_counter()
+            built = self.builder.build(self.memory, chunk)
+            gist_ms = (time.perf_counter() - started) * 1000
+            start = self.memory.n_tokens
+            self.memory.append(
+                chunk,
+                built.gists,
+                built.keys,
+                fidelity=built.fidelity,
+                block_texts=built.block_texts,
+                source_id=source_id,
+            )
+            self._report(start, len(chunk), built.gists, gist_ms, started, source_id)
+            if progress is not None:
+                progress(len(chunk))
+
+    def _report(
+        self,
+        start: int,
+        count: int,
+        gists: dict[int, Tensor],
+        gist_ms: float,
+        started: float,
+        source_id: int | None,
+    ) -> None:
+        if not self.telemetry.enabled:
+            return
+        generation = self.memory.generation
+        ms = (time.perf_counter() - started) * 1000
+        for level, vectors in gists.items():
+            first = self.memory.count(level) - len(vectors)
+            self.telemetry.gist(
+                generation=generation, level=level, first=first, count=len(vectors), ms=gist_ms
+            )
+        self.telemetry.ingest(
+            generation=generation, start=start, tokens=count, ms=ms, source_id=source_id
+        )
+        written = count * 4 + sum(vectors.numel() * 2 for vectors in gists.values())
+        self.telemetry.commit(
+            generation=generation,
+            tokens=self.memory.n_tokens,
+            levels=self.memory.n_levels,
+            bytes_written=written,
+            ms=ms - gist_ms,
+        )

@@ -1,0 +1,174 @@
+"""Focus by LensNet: proposals of several indices, weighed together."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megacontext.lensnet import (
+    CacheFeatures,
+    EntryFeatures,
+    LensNet,
+    SpanFacts,
+    TailStates,
+    entry_legality,
+    span_features,
+)
+from megacontext.runtime.focus_policies import FocusView, LexicalPolicy
+from megacontext.runtime.focus_scores import FocusScores
+from megacontext.runtime.working_context import WorkingContext
+
+
+class LensPolicy:
+    """LensNet over the working entries and over what the lexical index and its own keys propose.
+
+    Args:
+        lens: the scorer.
+        proposals: most blocks each index proposes.
+    """
+
+    name = "lens"
+
+    def __init__(self, lens: LensNet, *, proposals: int = 16) -> None:
+        self.lens = lens
+        self.proposals = proposals
+        self._lexical = LexicalPolicy(proposals=proposals, nats_per_point=1.0)
+
+    @torch.inference_mode()
+    def score(self, view: FocusView) -> FocusScores:
+        """The lens's scores; proposals that are raw already count for their entry."""
+        context = view.context
+        hidden = view.base.features(view.query).float()[None]
+        tail = TailStates(hidden, torch.ones(hidden.shape[:2], dtype=torch.bool))
+        blocks, lexical, learned = self._propose(view, tail)
+        facts = self._entry_facts(view)
+        legality = entry_legality(
+            facts.levels,
+            facts.starts,
+            facts.mask,
+            cursor=facts.cursor,
+            tail_start=facts.tail_start,
+            block_size=context.block_size,
+        )
+        entries = EntryFeatures(
+            vectors=self._vectors(view, context.levels, context.starts)[None],
+            features=span_features(facts),
+            mask=facts.mask,
+            can_expand=legality.can_expand,
+            can_collapse=legality.can_collapse,
+        )
+        cache = CacheFeatures(
+            vectors=self._vectors(view, torch.zeros_like(blocks), blocks * context.block_size)[
+                None
+            ],
+            features=span_features(self._cache_facts(view, blocks, lexical, learned)),
+            mask=torch.ones(1, len(blocks), dtype=torch.bool),
+        )
+        scores = self.lens(entries, cache, tail)
+        signed = scores.entry[0].float()
+        return FocusScores(
+            proposal_blocks=blocks,
+            proposal_utility=scores.cache[0].float(),
+            entry_utility=signed.clamp(max=0.0),
+            expand_utility=signed.clamp(min=0.0),
+        )
+
+    def _propose(self, view: FocusView, tail: TailStates) -> tuple[Tensor, Tensor, Tensor]:
+        """Blocks ``[m]`` outside the window's raw part with lexical and learned scores or NaN."""
+        context = view.context
+        found, points = self._lexical.search(view)
+        keyed, relevance = self._by_keys(view, tail)
+        blocks = torch.unique(torch.cat((found, keyed)))
+        lexical = torch.full((len(blocks),), torch.nan)
+        learned = torch.full((len(blocks),), torch.nan)
+        lexical[torch.searchsorted(blocks, found)] = points
+        learned[torch.searchsorted(blocks, keyed)] = relevance
+        hidden = context.levels[context.indices_of(blocks * context.block_size)] > 0
+        return blocks[hidden], lexical[hidden], learned[hidden]
+
+    def _by_keys(self, view: FocusView, tail: TailStates) -> tuple[Tensor, Tensor]:
+        """Blocks whose level-1 keys are closest to the tail's queries."""
+        context, memory = view.context, view.memory
+        nothing = torch.empty(0)
+        old = context.raw_start // context.block_size
+        if memory.identity.key_width == 0 or self.lens.config.key_summary or not old:
+            return nothing.long(), nothing
+        queries = self.lens.encode_queries(tail.hidden, tail.mask)
+        relevance = self.lens.relevance(queries, memory.keys(1, 0, old))[0].float()
+        best, blocks = torch.topk(relevance, min(self.proposals, old))
+        return blocks, best
+
+    def _vectors(self, view: FocusView, levels: Tensor, starts: Tensor) -> Tensor:
+        """Gists ``[n, gist_width]`` of spans: a raw block by its level-1 gist, or zeros."""
+        memory, size = view.memory, view.context.block_size
+        vectors = torch.zeros(len(levels), memory.identity.gist_width)
+        known = levels.clamp(min=1)
+        for level in torch.unique(known).tolist():
+            index = starts // size**level
+            here = (known == level) & (index < memory.count(level))
+            if bool(here.any()):
+                vectors[here] = memory.gists(level)[index[here]].float()
+        return vectors
+
+    def _entry_facts(self, view: FocusView) -> SpanFacts:
+        context = view.context
+        n = len(context)
+        unmeasured, no = torch.full((1, n), torch.nan), torch.zeros(1, n, dtype=torch.bool)
+        yes = torch.ones(1, n, dtype=torch.bool)
+        return SpanFacts(
+            levels=context.levels[None],
+            starts=context.starts[None],
+            stops=context.ends[None],
+            costs=context.costs[None],
+            depths=torch.zeros(1, n, dtype=torch.int64),
+            fidelity=self._fidelity(view, context.levels, context.starts)[None],
+            lexical=unmeasured,
+            attention=unmeasured,
+            learned=unmeasured,
+            in_context=yes,
+            newest=no,
+            root=_roots(context)[None],
+            proposal=no,
+            mask=yes,
+            cursor=torch.tensor([context.cursor]),
+            tail_start=torch.tensor([context.tail_start]),
+        )
+
+    def _cache_facts(
+        self, view: FocusView, blocks: Tensor, lexical: Tensor, learned: Tensor
+    ) -> SpanFacts:
+        context = view.context
+        m, starts = len(blocks), blocks * context.block_size
+        no, yes = torch.zeros(1, m, dtype=torch.bool), torch.ones(1, m, dtype=torch.bool)
+        return SpanFacts(
+            levels=torch.zeros(1, m, dtype=torch.int64),
+            starts=starts[None],
+            stops=(starts + context.block_size)[None],
+            costs=context.chain_costs(blocks)[None],
+            depths=context.levels[context.indices_of(starts)][None],
+            fidelity=self._fidelity(view, torch.ones_like(blocks), starts)[None],
+            lexical=lexical[None],
+            attention=torch.full((1, m), torch.nan),
+            learned=learned[None],
+            in_context=no,
+            newest=no,
+            root=no,
+            proposal=yes,
+            mask=yes,
+            cursor=torch.tensor([context.cursor]),
+            tail_start=torch.tensor([context.tail_start]),
+        )
+
+    def _fidelity(self, view: FocusView, levels: Tensor, starts: Tensor) -> Tensor:
+        fidelity = torch.full((len(levels),), torch.nan)
+        for level in torch.unique(levels[levels > 0]).tolist():
+            here = levels == level
+            index = starts[here] // view.context.block_size**level
+            fidelity[here] = view.memory.fidelity(level)[index].float()
+        return fidelity
+
+
+def _roots(context: WorkingContext) -> Tensor:
+    """``[n]`` bool: gists that no complete gist covers yet."""
+    widths = context.widths * torch.where(context.levels > 0, context.block_size, 1)
+    return (context.levels > 0) & (context.starts // widths * widths + widths > context.cursor)

@@ -1,0 +1,69 @@
+"""Rebuilds all gists of a memory for another GistNet or lens, from the tokens kept in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from megacontext.gistnet import GistNet
+from megacontext.lensnet import LensNet
+from megacontext.memory import Memory
+from megacontext.memory.rebuild import GistBatch
+from megacontext.runtime.base_model import BaseModel
+from megacontext.runtime.engine import Engine
+
+_BLOCKS_PER_BATCH = 1024
+
+
+def regist(
+    base: BaseModel,
+    memory: Memory,
+    gistnet: GistNet,
+    lens: LensNet | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Replaces gists, keys and fidelities in one commit; tokens and sources stay as they are.
+
+    Args:
+        base: the memory's base model.
+        memory: open for writing.
+        gistnet: the new compressor.
+        lens: makes the new keys, if any.
+        progress: called with a level and how many of its gists a batch added.
+
+    Raises:
+        MemoryStoreError: the disk failed; the memory is as it was.
+    """
+    identity = Engine.identity(base, gistnet, lens)
+    size = gistnet.config.block_size
+    reach = gistnet.config.context_tokens
+
+    def make(level: int, read: Callable[[int, int], Tensor]) -> Iterator[GistBatch]:
+        total = memory.count(level)
+        for first in range(0, total, _BLOCKS_PER_BATCH):
+            last = min(total, first + _BLOCKS_PER_BATCH)
+            children = read(first * size, last * size)
+            with torch.inference_mode():
+                if level == 1:
+                    before = read(max(0, first * size - reach), first * size)
+                    context = base.embed(before.long()) if len(before) else None
+                    made = gistnet.encode_level(base.embed(children.long()), 1, context)
+                else:
+                    made = gistnet.encode_level(children.float(), level)
+                vectors = made.vectors.half()
+                keys = None
+                if lens is not None:
+                    keys = lens.encode_keys(vectors, torch.full((len(vectors),), level))
+            if progress is not None:
+                progress(level, last - first)
+            yield GistBatch(vectors, keys, made.fidelity)
+
+    memory.replace_gists(
+        make,
+        gist_version=identity.gist_version,
+        gist_width=identity.gist_width,
+        key_width=identity.key_width,
+        gist_dtype=identity.gist_dtype,
+    )

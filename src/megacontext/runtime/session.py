@@ -1,0 +1,172 @@
+"""A session's configuration, and the objects it stands for: models, policy, memory, engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+from pydantic import Field
+
+from megacontext.config import FrozenConfig
+from megacontext.errors import ConfigError
+from megacontext.gistnet import GistNet
+from megacontext.lensnet import LensNet, LensNetConfig
+from megacontext.memory import Memory
+from megacontext.runtime.base_model import BaseModel
+from megacontext.runtime.engine import Engine, EngineConfig
+from megacontext.runtime.focus_policies import (
+    AttentionPolicy,
+    FocusPolicy,
+    LexicalPolicy,
+    RecencyPolicy,
+)
+from megacontext.runtime.lens_policy import LensPolicy
+from megacontext.telemetry import JsonlSink, Telemetry
+
+PolicyName = Literal["recency", "lexical", "attention", "lens"]
+
+
+class SessionConfig(FrozenConfig):
+    """Which models and habits a session has.
+
+    Attributes:
+        model: local folder, hub id, or ``bundled:NAME``.
+        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        device: where the base model runs.
+        gistnet: folder of a GistNet checkpoint; without one a gist is the mean of its span.
+        lens: folder of a LensNet checkpoint; policy ``lens`` without one starts untrained.
+        policy: focus policy.
+        engine: budget and habits.
+        telemetry: JSONL file that every step is written to.
+    """
+
+    model: str = "bundled:tiny"
+    dtype: str = "float32"
+    device: str = "cpu"
+    gistnet: Path | None = None
+    lens: Path | None = None
+    policy: PolicyName = "lexical"
+    engine: EngineConfig = EngineConfig()
+    telemetry: Path | None = None
+
+
+class DecodeConfig(FrozenConfig):
+    """How an answer is decoded; what is ``None`` is left to the model's own settings.
+
+    Attributes:
+        max_new_tokens: most tokens of an answer.
+        stop: text that ends an answer.
+        seed: of the sampler.
+    """
+
+    max_new_tokens: int = Field(default=128, ge=1)
+    stop: str = ""
+    seed: int = 0
+    do_sample: bool | None = None
+    temperature: float | None = Field(default=None, gt=0)
+    top_k: int | None = Field(default=None, ge=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0)
+
+    def options(self) -> dict[str, object]:
+        """The settings that :meth:`Engine.generate` takes, without those left to the model."""
+        return {key: value for key, value in self.model_dump().items() if value is not None}
+
+
+class Session:
+    """Loads what a :class:`SessionConfig` names and opens engines over memories.
+
+    Args:
+        config: the session.
+
+    Raises:
+        ModelError: the base model or a checkpoint cannot be loaded.
+        ConfigError: the policy lacks what it needs.
+    """
+
+    def __init__(self, config: SessionConfig) -> None:
+        self.config = config
+        self.base = BaseModel.from_pretrained(
+            config.model, dtype=config.dtype, device=config.device
+        )
+        self.gistnet = (
+            GistNet.untrained(self.base.d_model)
+            if config.gistnet is None
+            else GistNet.from_pretrained(config.gistnet)
+        )
+        self.lens = self._load_lens()
+        sink = None if config.telemetry is None else JsonlSink(config.telemetry)
+        self.telemetry = Telemetry(sink)
+
+    def create(self, path: Path) -> Engine:
+        """Makes an empty memory for these models.
+
+        Raises:
+            MemoryStoreError: it cannot be made.
+        """
+        return self.engine(Memory.create(path, Engine.identity(self.base, self.gistnet, self.lens)))
+
+    def open(self, path: Path, *, writable: bool) -> Engine:
+        """Opens a memory made for these models.
+
+        Raises:
+            MemoryStoreError: there is none, it belongs to other models, or it is in use.
+        """
+        expect = Engine.identity(self.base, self.gistnet, self.lens)
+        return self.engine(Memory.open(path, "a" if writable else "r", expect=expect))
+
+    def engine(self, memory: Memory) -> Engine:
+        """An engine over an open memory."""
+        return Engine(
+            self.base,
+            memory,
+            gistnet=self.gistnet,
+            lens=self.lens,
+            policy=self.policy(),
+            config=self.config.engine,
+            telemetry=self.telemetry,
+        )
+
+    def policy(self) -> FocusPolicy:
+        """A new policy as configured."""
+        match self.config.policy:
+            case "recency":
+                return RecencyPolicy()
+            case "lexical":
+                return LexicalPolicy()
+            case "attention":
+                return AttentionPolicy()
+            case "lens":
+                if self.lens is None:
+                    raise ConfigError("policy 'lens' has no lens")
+                return LensPolicy(self.lens)
+
+    def close(self) -> None:
+        """Ends the telemetry."""
+        self.telemetry.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _load_lens(self) -> LensNet | None:
+        if self.config.lens is not None:
+            return LensNet.from_pretrained(self.config.lens)
+        if self.config.policy != "lens":
+            return None
+        # Untrained, it weighs proposals by their BM25 score alone.
+        return LensNet(
+            LensNetConfig(
+                d_model=self.base.d_model,
+                gist_width=self.gistnet.config.gist_width,
+                lexical_prior=1.0,
+            )
+        ).eval()

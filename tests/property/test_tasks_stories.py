@@ -1,0 +1,74 @@
+"""Every answer of a generated story follows from the sentences told before its question."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from story_oracle import allowed_answers, check_plausible, grid_of, read
+
+from megacontext.tasks.story_world import STORY_KINDS, StoryWorld
+
+SEEDS = st.integers(0, 2**32 - 1)
+SPLITS = st.sampled_from(["train", "held_out"])
+
+
+def tell(seed, kind, sentences, split="train", babi_share=0.5):
+    return StoryWorld(random.Random(seed), split, babi_share).story(kind, sentences)
+
+
+@pytest.mark.parametrize("kind", STORY_KINDS)
+@settings(max_examples=60)
+@given(
+    seed=SEEDS,
+    sentences=st.integers(1, 30),
+    split=SPLITS,
+    babi_share=st.sampled_from([0.0, 1.0]),
+)
+def test_every_answer_is_the_only_right_one(kind, seed, sentences, split, babi_share):
+    theme = tell(seed, kind, sentences, split, babi_share)
+    for question in theme.questions:
+        told = theme.statements[: question.after]
+        assert allowed_answers(told, question.text) == {question.answer}, question
+
+
+@pytest.mark.parametrize("kind", [kind for kind in STORY_KINDS if kind != "qa4"])
+@settings(max_examples=15)
+@given(seed=SEEDS, sentences=st.integers(1, 30), split=SPLITS)
+def test_stories_hang_together_and_are_as_long_as_asked(kind, seed, sentences, split):
+    theme = tell(seed, kind, sentences, split)
+    assert len(theme.statements) == sentences
+    check_plausible([read(s) for s in theme.statements], whereabouts=kind in ("qa2", "qa3"))
+    for question in theme.questions:
+        assert 1 <= question.after <= sentences
+        assert not question.lasting
+
+
+@settings(max_examples=100)
+@given(seed=SEEDS, sentences=st.integers(2, 9), split=SPLITS)
+def test_directions_put_every_place_into_a_cell_of_its_own(seed, sentences, split):
+    theme = tell(seed, "qa4", sentences, split, 0.0)
+    cells = grid_of([read(sentence) for sentence in theme.statements])
+    assert len(set(cells.values())) == len(cells) == len(theme.statements) + 1
+    assert len(theme.statements) == min(sentences, 7, 7 if split == "train" else 4)
+    # Lasting: right however much of the story has been told.
+    for question in theme.questions:
+        assert question.lasting
+        assert allowed_answers(theme.statements, question.text) == {question.answer}
+
+
+@given(seed=SEEDS, kind=st.sampled_from(STORY_KINDS), split=SPLITS)
+@settings(max_examples=30)
+def test_a_story_is_a_function_of_its_seed(seed, kind, split):
+    assert tell(seed, kind, 12, split) == tell(seed, kind, 12, split)
+
+
+@pytest.mark.parametrize("kind", STORY_KINDS)
+def test_all_kinds_ask_and_vary(kind):
+    stories = [tell(seed, kind, 20) for seed in range(20)]
+    assert len({tuple(story.statements) for story in stories}) == 20
+    answers = {question.answer for story in stories for question in story.questions}
+    assert len(answers) >= {"qa6": 2, "qa9": 2, "qa10": 3}.get(kind, 4)
+    assert {question.family for story in stories for question in story.questions} == {kind}
