@@ -39,16 +39,22 @@ class ContextReader:
         self.max_positions = max_positions
 
     @torch.inference_mode()
-    def read(self, context: WorkingContext, pending: Tensor) -> ContextInput:
+    def read(self, context: WorkingContext, pending: Tensor, *, ahead: int = 0) -> ContextInput:
         """The context followed by ``pending [p]``, raw token ids that are not in the memory yet.
 
+        Args:
+            context: what to read.
+            pending: int64.
+            ahead: positions to keep free for tokens that will be decoded behind them.
+
         Raises:
-            ConfigError: context and pending tokens need more positions than the base has.
+            ConfigError: all of that needs more positions than the base has.
         """
+        device = self.base.device
         rows = torch.where(context.levels > 0, context.gist_cost, context.widths)
         entry = torch.repeat_interleave(rows)
         offset = torch.arange(len(entry)) - (rows.cumsum(0) - rows)[entry]
-        starts = context.positions(self.positions, self.max_positions - len(pending))
+        starts = context.positions(self.positions, self.max_positions - len(pending) - ahead)
         positions = starts[entry] + offset
         is_gist = context.levels[entry] > 0
         tokens = self.memory.tokens(0, context.cursor)
@@ -56,16 +62,16 @@ class ContextReader:
         after = int(positions[-1]) + 1 if len(positions) else 0
         pending_positions = torch.arange(after, after + len(pending))
         raw_embeddings = self.base.embed(torch.cat((raw, pending.long())))
-        gists = self.gists(context)
-        gist_levels = context.levels[context.levels > 0]
+        gists = self.gists(context).to(device)
+        gist_levels = context.levels[context.levels > 0].to(device)
         if self.gistnet.config.reader == "kv" and len(gists):
             keys, values = self.gistnet.read_kv(gists, gist_levels)
             return ContextInput(
                 embeddings=raw_embeddings,
-                positions=torch.cat((positions[~is_gist], pending_positions)),
+                positions=torch.cat((positions[~is_gist], pending_positions)).to(device),
                 gist_keys=keys.flatten(1, 2).to(self.base.dtype),
                 gist_values=values.flatten(1, 2).to(self.base.dtype),
-                gist_positions=positions[is_gist],
+                gist_positions=positions[is_gist].to(device),
             )
         embeddings = raw_embeddings.new_empty(len(entry) + len(pending), self.base.d_model)
         raw_rows = torch.cat((~is_gist, torch.ones(len(pending), dtype=torch.bool)))
@@ -74,7 +80,8 @@ class ContextReader:
             read = self.gistnet.read_embeddings(gists, gist_levels)
             embeddings[~raw_rows] = read.flatten(0, 1).to(embeddings.dtype)
         return ContextInput(
-            embeddings=embeddings, positions=torch.cat((positions, pending_positions))
+            embeddings=embeddings,
+            positions=torch.cat((positions, pending_positions)).to(device),
         )
 
     def gists(self, context: WorkingContext) -> Tensor:

@@ -13,10 +13,17 @@ from pydantic import Field
 from torch import Tensor
 
 from megacontext.config import FrozenConfig
-from megacontext.errors import InputError, MemoryMismatchError
+from megacontext.errors import (
+    CheckpointError,
+    ConfigError,
+    InputError,
+    MemoryMismatchError,
+    ReadOnlyMemoryError,
+)
 from megacontext.gistnet import GistNet
 from megacontext.lensnet import LensNet
 from megacontext.memory import Memory, MemoryIdentity, Source
+from megacontext.runtime.answer import Answer, DecodedToken
 from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.context_input import ContextInput
 from megacontext.runtime.context_reader import ContextReader
@@ -56,23 +63,6 @@ class EngineConfig(FrozenConfig):
     chunk_tokens: int = Field(default=32_768, ge=32)
     keep_records: int = Field(default=8_192, ge=1)
     allocator: AllocatorConfig = AllocatorConfig()
-
-
-@dataclass(frozen=True)
-class DecodedToken:
-    """One token of an answer.
-
-    Attributes:
-        id: the token.
-        text: what it adds to the text; empty while a character is incomplete.
-        index: its place in the stream: tokens of history and prompt before it.
-        round: the refocus whose working context it was written from.
-    """
-
-    id: int
-    text: str
-    index: int
-    round: int
 
 
 @dataclass(frozen=True)
@@ -126,7 +116,9 @@ class Engine:
 
     Raises:
         MemoryMismatchError: the memory was made with other models.
-        ConfigError: the budget is too small for the history, or too large for the base.
+        CheckpointError: the GistNet was made for another base model.
+        ConfigError: the budget is too small for the history, or too large for the base; or there is
+            no tail to decode from.
     """
 
     def __init__(
@@ -145,7 +137,7 @@ class Engine:
         self.gistnet = GistNet.untrained(base.d_model) if gistnet is None else gistnet
         self.config = EngineConfig() if config is None else config
         self.telemetry = Telemetry() if telemetry is None else telemetry
-        self._check_identity(lens)
+        self._check_fit(lens)
         self.ingestor = Ingestor(
             base,
             GistBuilder(base, self.gistnet, lens),
@@ -214,9 +206,11 @@ class Engine:
             MemoryStoreError: a commit failed; all commits before it stand.
             ConfigError: the history's coarsest tiling no longer fits into the budget.
         """
-        taken = self.ingestor.ingest(text, source, progress)
-        self.focus.advance(self.memory.n_tokens)
-        return taken
+        try:
+            return self.ingestor.ingest(text, source, progress)
+        finally:
+            # Also after a failure: the commits before it stand.
+            self.focus.advance(self.memory.n_tokens)
 
     def stream(
         self, text: str | Iterable[str], source: Source | None = None
@@ -230,15 +224,18 @@ class Engine:
         source_id = self.memory.begin_source(source) if source is not None else None
         nothing = torch.empty(0, dtype=torch.int64)
         # Commits of several blocks at a time; the cursor still moves block by block.
-        for tokens in self.ingestor.token_chunks(text, _STREAM_BLOCKS * size):
-            self.ingestor.append(tokens, source_id)
-            cursor = self.focus.context.cursor // size * size + size
-            while cursor <= self.memory.n_tokens:
-                self.focus.advance(cursor)
-                self.focus.refocus(nothing, reserve=size, reason="stream")
-                yield self.focus.records[-1]
-                cursor += size
-        self.focus.advance(self.memory.n_tokens)
+        try:
+            for tokens in self.ingestor.token_chunks(text, _STREAM_BLOCKS * size):
+                self.ingestor.append(tokens, source_id)
+                cursor = self.focus.context.cursor // size * size + size
+                while cursor <= self.memory.n_tokens:
+                    self.focus.advance(cursor)
+                    self.focus.refocus(nothing, reserve=self._ahead(), reason="stream")
+                    yield self.focus.records[-1]
+                    cursor += size
+        finally:
+            # Also where the caller stops listening: history is what the memory holds.
+            self.focus.advance(self.memory.n_tokens)
 
     def refocus(self, query: str = "", *, reserve: int = 0) -> FocusPlan:
         """One round of score, allocate and new working context.
@@ -246,6 +243,9 @@ class Engine:
         Args:
             query: text to focus for; the newest tokens if empty.
             reserve: token-equivalents to keep free besides the query's own.
+
+        Raises:
+            ConfigError: the query does not fit beside the coarsest context.
         """
         pending = self.base.encode(query)
         return self.focus.refocus(pending, reserve=len(pending) + reserve, reason="request")
@@ -265,56 +265,66 @@ class Engine:
         Args:
             prompt: text that follows the history.
             max_new_tokens: most tokens to decode.
-            stop: text at which to end (it is not part of the answer); none if empty.
+            stop: text at which to end (it is not part of the answer); none if empty. Tokens that
+                may begin it are held back until that is known. Where it begins within a token,
+                the token stays and only its text is cut.
             remember: whether prompt and answer become part of the memory.
             seed: of the sampler.
             sampling: overrides of the model's generation settings, such as ``temperature``.
 
         Raises:
-            InputError: there is nothing to continue, or the prompt does not fit into the budget.
+            InputError: there is nothing to continue, or prompt and answer do not fit into the
+                budget.
             ReadOnlyMemoryError: ``remember`` is asked of a memory open for reading.
         """
         sampler = TokenSampler(self.base.generation_config, seed, **sampling)
-        pending = self.base.encode(prompt)
-        if remember and len(pending):
-            self._commit(pending)
-            pending = pending[:0]
-        size = self.memory.identity.block_size
-        reading = self._focus_and_read(None, pending, self.config.refocus_rounds)
-        answer: list[int] = []
-        text = ""
-        started = time.perf_counter()
-        while len(answer) < max_new_tokens:
-            token = sampler.choose(reading.logits, pending)
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {max_new_tokens}; decode at least one token")
+        if remember and not self.memory.writable:
+            raise ReadOnlyMemoryError(
+                f"{self.memory.path.name}: open for reading only; open it with mode 'a', or pass "
+                "remember=False"
+            )
+        started, start = time.perf_counter(), self.context.cursor
+        prompt_ids = self.base.encode(prompt)
+        answer = Answer(self.base, prompt_ids, start, stop)
+        try:
+            for decoded in self._decode(answer, sampler, max_new_tokens, remember=remember):
+                self._decoded.append(decoded)
+                yield decoded
+        finally:
+            # Also where the caller stops listening: what was given out is remembered.
+            if remember:
+                self._commit(answer.released[self.context.cursor - start :])
+            first = start + len(prompt_ids)
+            self._report_decode(first, start + len(answer.released) - first, started)
+
+    def _decode(
+        self, answer: Answer, sampler: TokenSampler, max_new_tokens: int, *, remember: bool
+    ) -> Iterator[DecodedToken]:
+        size, start = self.memory.identity.block_size, self.context.cursor
+        reading: _Reading | None = None
+        for count in range(max_new_tokens):
+            if reading is None or count % size == 0:
+                if remember:
+                    self._commit(answer.released[self.context.cursor - start :])
+                pending = answer.said[self.context.cursor - start :]
+                rounds = self.config.refocus_rounds if reading is None else 1
+                reading = self._focus_and_read(reading, pending, len(answer.said), rounds)
+            else:
+                reading.logits = self._step(reading, answer.said[-1:])
+            token = sampler.choose(reading.logits, answer.said)
             if sampler.is_end(token):
                 break
-            answer.append(token)
-            pending = torch.cat((pending, torch.tensor([token])))
-            whole = self.base.decode(answer)
-            fresh = "" if whole.endswith("\ufffd") else whole[len(text) :]
-            text += fresh
-            if stop and stop in text:
-                answer.pop()
-                pending = pending[:-1]
-                break
-            yield self._record(token, fresh, len(pending))
-            if len(answer) % size == 0:
-                if remember:
-                    self._commit(pending)
-                    pending = pending[:0]
-                reading = self._focus_and_read(reading, pending, 1)
-            else:
-                reading.logits = self._step(reading, token)
-        if remember and len(pending):
-            self._commit(pending)
-        self._report_decode(len(answer), started)
+            yield from answer.push(token, self.focus.state.round)
+            if answer.stopped:
+                return
+        yield from answer.finish()
 
     def ask(self, prompt: str, **options: Any) -> str:
         """The whole answer of :meth:`generate`, without remembering prompt and answer."""
-        stop = options.get("stop", "")
         tokens = self.generate(prompt, **{"remember": False, **options})
-        answer = self.base.decode([token.id for token in tokens])
-        return answer.partition(stop)[0] if stop else answer
+        return "".join(token.text for token in tokens)
 
     def explain(self, index: int) -> Explanation:
         """Why the entries were in context when the token at ``index`` was decoded.
@@ -352,53 +362,75 @@ class Engine:
             utilization=meter.utilization,
         )
 
-    def _check_identity(self, lens: LensNet | None) -> None:
+    def _check_fit(self, lens: LensNet | None) -> None:
+        """Refuses models, memory and sizes that do not belong together."""
+        base, gists = self.base, self.gistnet.config
+        made_for, needed = [gists.d_model], [base.d_model]
+        if gists.reader == "kv":
+            made_for += [gists.kv_layers, gists.kv_heads, gists.kv_head_dim, gists.kv_value_dim]
+            needed += [base.n_layers, base.n_kv_heads, base.head_dim, base.value_dim]
+        if made_for != needed:
+            raise CheckpointError(
+                f"the GistNet was made for a base with (d_model, layers, kv_heads, head_dim, "
+                f"value_dim) = {made_for}, {base.name} has {needed}; train one for {base.name}"
+            )
         difference = self.memory.identity.explain_difference(
-            self.identity(self.base, self.gistnet, lens)
+            self.identity(base, self.gistnet, lens)
         )
         if difference is not None:
             raise MemoryMismatchError(f"{self.memory.path.name}: {difference}")
+        if self.config.budget > base.max_positions:
+            raise ConfigError(
+                f"budget {self.config.budget} is more than the {base.max_positions} positions of "
+                f"{base.name}; lower it"
+            )
+        if gists.reader == "kv" and self.config.tail_tokens < 1:
+            raise ConfigError(
+                "tail_tokens is 0, but the kv reader decodes from a raw token; set it to 1 or more"
+            )
 
     def _commit(self, tokens: Tensor) -> None:
-        self.ingestor.append(tokens)
+        if len(tokens):
+            self.ingestor.append(tokens)
         self.focus.advance(self.memory.n_tokens)
 
-    def _focus_and_read(self, old: _Reading | None, pending: Tensor, rounds: int) -> _Reading:
+    def _ahead(self) -> int:
+        """Token-equivalents to reserve so that, with the headroom, a whole block can follow."""
+        return max(0, self.memory.identity.block_size - self.config.allocator.headroom)
+
+    def _focus_and_read(
+        self, old: _Reading | None, pending: Tensor, asking: int, rounds: int
+    ) -> _Reading:
         """Refocuses, then reads what changed; KV ``exact``: recomputed from the first change on."""
-        reserve = len(pending) + self.memory.identity.block_size
-        if reserve + self.context.coarsest_cost > self.config.budget:
-            raise InputError(
-                f"a prompt of {len(pending)} tokens does not fit beside the coarsest context "
-                f"({self.context.coarsest_cost} of a budget of {self.config.budget}); "
-                f"remember it (remember=True), shorten it, or raise the budget"
-            )
         if self.context.cursor + len(pending) == 0:
             raise InputError("there is nothing to continue: the memory and the prompt are empty")
+        reserve, context = len(pending) + self._ahead(), self.context
+        room = self.config.budget - self.config.allocator.headroom - self._ahead()
+        if context.coarsest_cost <= room < context.coarsest_cost + len(pending):
+            raise InputError(
+                f"{len(pending)} tokens of prompt and answer do not fit beside the coarsest "
+                f"context ({context.coarsest_cost} of a budget of {self.config.budget}, of which "
+                f"{self.config.budget - room} stay free for decoding); remember them "
+                "(remember=True), shorten the prompt, or raise the budget"
+            )
         for _ in range(rounds):
-            plan = self.focus.refocus(pending, reserve=reserve)
+            plan = self.focus.refocus(pending, asking=asking, reserve=reserve)
             if not any(edit.kind == "expand" for edit in plan.edits):
                 break
-        new = self.reader.read(self.context, pending)
+        new = self.reader.read(self.context, pending, ahead=self.memory.identity.block_size)
         cache = None if old is None else self.base.resume(old.cache, old.context, new)
         read = self.base.prefill(new, cache, keep=1)
         return _Reading(new, read.cache, read.logits[-1])
 
-    def _step(self, reading: _Reading, token: int) -> Tensor:
+    def _step(self, reading: _Reading, token: Tensor) -> Tensor:
         position = reading.cache.positions[-1:] + 1
-        return self.base.step(torch.tensor([token]), position.cpu(), reading.cache)[-1]
+        return self.base.step(token, position, reading.cache)[-1]
 
-    def _record(self, token: int, text: str, pending: int) -> DecodedToken:
-        decoded = DecodedToken(
-            token, text, self.context.cursor + pending - 1, self.focus.state.round
-        )
-        self._decoded.append(decoded)
-        return decoded
-
-    def _report_decode(self, tokens: int, started: float) -> None:
+    def _report_decode(self, start: int, tokens: int, started: float) -> None:
         if self.telemetry.enabled:
             self.telemetry.decode(
                 generation=self.memory.generation,
-                start=self.context.cursor,
+                start=start,
                 tokens=tokens,
                 cost=self.context.cost,
                 ms=(time.perf_counter() - started) * 1000,

@@ -1,0 +1,142 @@
+"""An answer in the making: its tokens, its text, and what waits until it cannot be the stop text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megacontext.runtime.base_model import BaseModel
+
+# Bytes of one character: so many tokens at most leave it incomplete in a byte-level tokenizer.
+_CHARACTER_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class DecodedToken:
+    """One token of an answer.
+
+    Attributes:
+        id: the token.
+        text: what it adds to the text; empty while a character is incomplete.
+        index: its place in the stream: tokens of history and prompt before it.
+        round: the refocus whose working context it was written from.
+    """
+
+    id: int
+    text: str
+    index: int
+    round: int
+
+
+class Answer:
+    """Turns token ids into text one by one, and ends it at a stop text.
+
+    Tokens whose text may turn out to begin the stop text are held until that is known, so that
+    nothing of the stop text is ever given out. The cost of a token does not grow with the answer.
+
+    Args:
+        base: its tokenizer.
+        prompt: ``[p]`` int64, the tokens said before.
+        start: place of the first prompt token in the stream.
+        stop: text at which the answer ends; none if empty.
+    """
+
+    def __init__(self, base: BaseModel, prompt: Tensor, start: int, stop: str) -> None:
+        self._base = base
+        self._start = start
+        self._stop = stop
+        self._said = prompt.clone()
+        self._n_said = len(prompt)
+        self._n_prompt = len(prompt)
+        self._read: list[int] = []  # ids whose text is out already: context for the next ones
+        self._unread: list[int] = []
+        self._held: list[DecodedToken] = []
+        self.stopped = False
+
+    @property
+    def said(self) -> Tensor:
+        """``[p + a]`` int64: the prompt and the answer so far, held tokens included."""
+        return self._said[: self._n_said]
+
+    @property
+    def released(self) -> Tensor:
+        """``[p + r]`` int64: the prompt and the tokens given out."""
+        return self._said[: self._n_said - len(self._held)]
+
+    @property
+    def n_decoded(self) -> int:
+        """Tokens of the answer, held ones included."""
+        return self._n_said - self._n_prompt
+
+    def push(self, token: int, round_: int) -> list[DecodedToken]:
+        """Takes in the next token and gives out what is known to belong to the answer.
+
+        Args:
+            token: its id.
+            round_: the refocus it was written from.
+        """
+        if self._n_said == len(self._said):
+            self._said = torch.cat((self._said, torch.empty_like(self._said), torch.zeros(64)))
+            self._said = self._said.long()
+        self._said[self._n_said] = token
+        decoded = DecodedToken(token, self._text(token), self._start + self._n_said, round_)
+        self._n_said += 1
+        self._held.append(decoded)
+        return self._release()
+
+    def finish(self) -> list[DecodedToken]:
+        """Gives out what is held, since the answer ends without the stop text."""
+        released, self._held = self._held, []
+        return released
+
+    def _text(self, token: int) -> str:
+        """What a token adds to the text, given those before it."""
+        self._unread.append(token)
+        before = self._base.decode(self._read)
+        whole = self._base.decode(self._read + self._unread)
+        incomplete = whole.endswith("\ufffd") and len(self._unread) < _CHARACTER_TOKENS
+        if incomplete:
+            return ""
+        self._read, self._unread = self._unread, []
+        return whole[len(before) :]
+
+    def _release(self) -> list[DecodedToken]:
+        if not self._stop:
+            return self.finish()
+        text = "".join(token.text for token in self._held)
+        found = text.find(self._stop)
+        if found >= 0:
+            return self._end_at(found)
+        safe = len(text) - _overlap(text, self._stop)
+        count = end = 0
+        for number, token in enumerate(self._held, start=1):
+            end += len(token.text)
+            # A token without text belongs to a character that later tokens complete.
+            if token.text and end <= safe:
+                count = number
+        released, self._held = self._held[:count], self._held[count:]
+        return released
+
+    def _end_at(self, length: int) -> list[DecodedToken]:
+        """Ends the answer after ``length`` characters of the held text."""
+        kept: list[DecodedToken] = []
+        for token in self._held:
+            if length <= 0:
+                break
+            text = token.text[:length]
+            length -= len(text)
+            kept.append(DecodedToken(token.id, text, token.index, token.round))
+        self._n_said -= len(self._held) - len(kept)
+        self._held = []
+        self.stopped = True
+        return kept
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that begins ``stop``."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
