@@ -70,17 +70,22 @@ _OTHERS: dict[str, Any] = {
 }
 
 
-def tiny_config(architecture: str) -> Any:
+def tiny_config(architecture: str, max_positions: int = 128) -> Any:
     config_type, own = (CONFIGS | _OTHERS)[architecture]
     values = {key: value for key, value in (_COMMON | own).items() if value is not None}
-    return config_type(**values)
+    return config_type(**{**values, "max_position_embeddings": max_positions})
 
 
-def tiny_model(architecture: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+def tiny_model(
+    architecture: str,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    max_positions: int = 128,
+) -> Any:
     """A causal language model with random weights, in evaluation mode."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(tiny_config(architecture))
+        model = AutoModelForCausalLM.from_config(tiny_config(architecture, max_positions))
         with torch.no_grad():
             for parameter in model.parameters():
                 noise = torch.randn_like(parameter)
@@ -105,12 +110,16 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_base_model(architecture: str = "qwen3", seed: int = 0, dtype: Any = torch.float32) -> Any:
+def tiny_base_model(
+    architecture: str = "qwen3",
+    seed: int = 0,
+    dtype: Any = torch.float32,
+    max_positions: int = 128,
+) -> Any:
     from megacontext.runtime.base_model import BaseModel
 
-    return BaseModel(
-        tiny_model(architecture, seed, dtype), tiny_tokenizer(), f"tiny-{architecture}"
-    )
+    model = tiny_model(architecture, seed, dtype, max_positions)
+    return BaseModel(model, tiny_tokenizer(), f"tiny-{architecture}")
 
 
 def save_tiny_model(folder: Path, architecture: str = "qwen3", seed: int = 0) -> Path:

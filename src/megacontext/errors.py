@@ -24,7 +24,7 @@ class InputError(MegaContextError):
 
 
 class InvariantError(MegaContextError):
-    """An invariant of the working context or of the memory does not hold; never repaired silently."""
+    """An invariant of the working context or memory does not hold; never repaired silently."""
 
 
 class ModelError(MegaContextError):

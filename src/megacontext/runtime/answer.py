@@ -1,16 +1,13 @@
-"""An answer in the making: its tokens, its text, and what waits until it cannot be the stop text."""
+"""An answer in the making: its tokens, its text, and what may still turn out the stop text."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from megacontext.runtime.base_model import BaseModel
-
-# Bytes of one character: so many tokens at most leave it incomplete in a byte-level tokenizer.
-_CHARACTER_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -19,7 +16,7 @@ class DecodedToken:
 
     Attributes:
         id: the token.
-        text: what it adds to the text; empty while a character is incomplete.
+        text: what it adds to the text; empty where a later token completes the character.
         index: its place in the stream: tokens of history and prompt before it.
         round: the refocus whose working context it was written from.
     """
@@ -33,8 +30,9 @@ class DecodedToken:
 class Answer:
     """Turns token ids into text one by one, and ends it at a stop text.
 
-    Tokens whose text may turn out to begin the stop text are held until that is known, so that
-    nothing of the stop text is ever given out. The cost of a token does not grow with the answer.
+    Tokens whose text may turn out to begin the stop text, and those of a character that is not
+    complete, are held until that is known. So nothing of the stop text is ever given out, and the
+    texts joined are the text of the tokens. The cost of a token does not grow with the answer.
 
     Args:
         base: its tokenizer.
@@ -78,8 +76,9 @@ class Answer:
             round_: the refocus it was written from.
         """
         if self._n_said == len(self._said):
-            self._said = torch.cat((self._said, torch.empty_like(self._said), torch.zeros(64)))
-            self._said = self._said.long()
+            grown = torch.zeros(2 * self._n_said + 64, dtype=torch.int64)
+            grown[: self._n_said] = self._said
+            self._said = grown
         self._said[self._n_said] = token
         decoded = DecodedToken(token, self._text(token), self._start + self._n_said, round_)
         self._n_said += 1
@@ -89,31 +88,34 @@ class Answer:
     def finish(self) -> list[DecodedToken]:
         """Gives out what is held, since the answer ends without the stop text."""
         released, self._held = self._held, []
+        if self._unread:
+            released[-1] = replace(released[-1], text=self._unread_text())
+            self._unread = []
         return released
 
     def _text(self, token: int) -> str:
         """What a token adds to the text, given those before it."""
         self._unread.append(token)
-        before = self._base.decode(self._read)
-        whole = self._base.decode(self._read + self._unread)
-        incomplete = whole.endswith("\ufffd") and len(self._unread) < _CHARACTER_TOKENS
-        if incomplete:
+        text = self._unread_text()
+        if text.endswith("\ufffd"):
             return ""
         self._read, self._unread = self._unread, []
-        return whole[len(before) :]
+        return text
+
+    def _unread_text(self) -> str:
+        # Decoded behind the tokens before them, since some tokenizers drop a leading space.
+        before = self._base.decode(self._read)
+        return self._base.decode(self._read + self._unread)[len(before) :]
 
     def _release(self) -> list[DecodedToken]:
-        if not self._stop:
-            return self.finish()
         text = "".join(token.text for token in self._held)
-        found = text.find(self._stop)
+        found = text.find(self._stop) if self._stop else -1
         if found >= 0:
             return self._end_at(found)
         safe = len(text) - _overlap(text, self._stop)
         count = end = 0
         for number, token in enumerate(self._held, start=1):
             end += len(token.text)
-            # A token without text belongs to a character that later tokens complete.
             if token.text and end <= safe:
                 count = number
         released, self._held = self._held[:count], self._held[count:]
@@ -127,7 +129,7 @@ class Answer:
                 break
             text = token.text[:length]
             length -= len(text)
-            kept.append(DecodedToken(token.id, text, token.index, token.round))
+            kept.append(replace(token, text=text))
         self._n_said -= len(self._held) - len(kept)
         self._held = []
         self.stopped = True

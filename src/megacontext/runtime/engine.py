@@ -134,7 +134,8 @@ class Engine:
     ) -> None:
         self.base = base
         self.memory = memory
-        self.gistnet = GistNet.untrained(base.d_model) if gistnet is None else gistnet
+        net = GistNet.untrained(base.d_model) if gistnet is None else gistnet
+        self.gistnet = net.to(base.device)
         self.config = EngineConfig() if config is None else config
         self.telemetry = Telemetry() if telemetry is None else telemetry
         self._check_fit(lens)
@@ -285,7 +286,10 @@ class Engine:
                 f"{self.memory.path.name}: open for reading only; open it with mode 'a', or pass "
                 "remember=False"
             )
-        started, start = time.perf_counter(), self.context.cursor
+        started = time.perf_counter()
+        # The memory may have grown otherwise: a reader's by refresh(), a writer's by append().
+        self.focus.advance(self.memory.n_tokens)
+        start = self.memory.n_tokens
         prompt_ids = self.base.encode(prompt)
         answer = Answer(self.base, prompt_ids, start, stop)
         try:
@@ -295,20 +299,20 @@ class Engine:
         finally:
             # Also where the caller stops listening: what was given out is remembered.
             if remember:
-                self._commit(answer.released[self.context.cursor - start :])
+                self._commit(answer.released[self.memory.n_tokens - start :])
             first = start + len(prompt_ids)
             self._report_decode(first, start + len(answer.released) - first, started)
 
     def _decode(
         self, answer: Answer, sampler: TokenSampler, max_new_tokens: int, *, remember: bool
     ) -> Iterator[DecodedToken]:
-        size, start = self.memory.identity.block_size, self.context.cursor
+        size, start = self.memory.identity.block_size, self.memory.n_tokens
         reading: _Reading | None = None
         for count in range(max_new_tokens):
             if reading is None or count % size == 0:
                 if remember:
-                    self._commit(answer.released[self.context.cursor - start :])
-                pending = answer.said[self.context.cursor - start :]
+                    self._commit(answer.released[self.memory.n_tokens - start :])
+                pending = answer.said[self.memory.n_tokens - start :]
                 rounds = self.config.refocus_rounds if reading is None else 1
                 reading = self._focus_and_read(reading, pending, len(answer.said), rounds)
             else:

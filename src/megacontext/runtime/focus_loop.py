@@ -110,7 +110,7 @@ class FocusLoop:
             )
         if cursor - context.cursor > context.budget:
             # Everything raw so far leaves the window anyway: start from the coarsest tiling.
-            self.context = WorkingContext.initial(
+            context = WorkingContext.initial(
                 cursor,
                 block_size=context.block_size,
                 gist_cost=context.gist_cost,
@@ -118,17 +118,20 @@ class FocusLoop:
                 tail_tokens=context.tail_tokens,
             )
         else:
-            self.context = context.extend(cursor - context.cursor)
-        if self.context.cost > self.context.budget - reserve:
-            unknown = FocusScores.unknown(len(self.context))
-            plan = self.allocator.make_room(self.context, unknown, self.state, reserve)
-            self.context = plan.context
+            context = context.extend(cursor - context.cursor)
+        if context.cost > context.budget - reserve:
+            context = self._make_room(context, reserve).context
+        self.context = context
 
-    def refocus(self, pending: Tensor, *, reserve: int = 0, reason: str = "decode") -> FocusPlan:
+    def refocus(
+        self, pending: Tensor, *, asking: int = 0, reserve: int = 0, reason: str = "decode"
+    ) -> FocusPlan:
         """One round of scores and edits.
 
         Args:
             pending: ``[p]`` int64, tokens behind the cursor that the model reads as well.
+            asking: how many of the newest tokens, pending or not, are prompt and answer; 0: the
+                pending ones. At most ``query_tokens`` of them ask; without any, history does.
             reserve: token-equivalents to keep free for pending and coming tokens.
             reason: why, for telemetry.
 
@@ -137,9 +140,15 @@ class FocusLoop:
         """
         started = time.perf_counter()
         before = self.context
-        scores = self.policy.score(self.view(pending))
+        room: tuple[Edit, ...] = ()
+        if before.cost + len(pending) > self.reader.max_positions:
+            # A policy may read the context, and this one is too long for the base to read.
+            made = self._make_room(before, reserve)
+            self.context, room = made.context, made.edits
+        scores = self.policy.score(self.view(pending, asking))
         scored = time.perf_counter()
-        plan = self.allocator.plan(before, scores, self.state, reserve)
+        plan = self.allocator.plan(self.context, scores, self.state, reserve)
+        plan = FocusPlan(room + plan.edits, plan.context, plan.state)
         self.meter.observe(before, plan)
         self.context, self.state = plan.context, plan.state
         record = FocusRecord(
@@ -152,19 +161,43 @@ class FocusLoop:
             cost=plan.context.cost,
         )
         self.records.append(record)
-        self._report(record, plan, (scored - started) * 1000, started, reason)
+        # Nothing is read between refocuses that follow no answer.
+        recomputed = self._recomputed(before, pending) if reason == "decode" else 0
+        self._report(record, plan, recomputed, (scored - started) * 1000, started, reason)
         return plan
 
-    def view(self, pending: Tensor) -> FocusView:
-        """What the policy may look at now."""
+    def view(self, pending: Tensor, asking: int = 0) -> FocusView:
+        """What the policy may look at now; see :meth:`refocus`."""
         cursor = self.context.cursor
-        query = pending[-self.query_tokens :]
-        if not len(query):
-            query = self.memory.tokens(max(0, cursor - self.query_tokens), cursor).long()
+        wanted = min(asking or len(pending) or self.query_tokens, self.query_tokens)
+        query = pending[max(0, len(pending) - wanted) :]
+        if len(query) < wanted:
+            start = max(0, cursor + len(pending) - wanted)
+            query = torch.cat((self.memory.tokens(start, cursor).long(), query))
         return FocusView(self.context, self.memory, self.base, self.reader, query, pending)
 
+    def _make_room(self, context: WorkingContext, reserve: int) -> FocusPlan:
+        unknown = FocusScores.unknown(len(context))
+        return self.allocator.make_room(context, unknown, self.state, reserve)
+
+    def _recomputed(self, before: WorkingContext, pending: Tensor) -> int:
+        """Rows that exact KV computes anew: those from the first changed entry on."""
+        context = self.context
+        n = min(len(before), len(context))
+        same = int((before.keys[:n] == context.keys[:n]).cumprod(dim=0).sum())
+        levels, costs = context.levels[same:], context.costs[same:]
+        if self.reader.gistnet.config.reader == "kv":
+            costs = costs[levels == 0]
+        return int(costs.sum()) + len(pending)
+
     def _report(
-        self, record: FocusRecord, plan: FocusPlan, score_ms: float, started: float, reason: str
+        self,
+        record: FocusRecord,
+        plan: FocusPlan,
+        recomputed: int,
+        score_ms: float,
+        started: float,
+        reason: str,
     ) -> None:
         if not self.telemetry.enabled:
             return
@@ -199,7 +232,7 @@ class FocusLoop:
             edits=len(plan.edits),
             cost=record.cost,
             budget=plan.context.budget,
-            recomputed=plan.context.cost,
+            recomputed=recomputed,
             reason=reason,
             ms=(time.perf_counter() - started) * 1000,
         )
@@ -216,14 +249,15 @@ def _best(scores: FocusScores) -> tuple[tuple[int, float], ...]:
 
 def _children(edit: Edit, block_size: int) -> list[Span]:
     """The entries on the fine side of an edit: of a chain, those that its steps leave."""
-    opened = {step: True for step in edit.steps}
     children: list[Span] = []
     for level, start in edit.steps:
         if level == 1:
             children.append(Span(0, start, start + block_size))
             continue
         width = block_size ** (level - 1)
-        for child in range(start, start + block_size**level, width):
-            if (level - 1, child) not in opened:
-                children.append(Span(level - 1, child, child + width))
+        children.extend(
+            Span(level - 1, child, child + width)
+            for child in range(start, start + block_size**level, width)
+            if (level - 1, child) not in edit.steps
+        )
     return sorted(children, key=lambda span: span.start)

@@ -28,7 +28,8 @@ class FocusView:
         memory: the whole history.
         base: the frozen base model.
         reader: reads the context as the base would.
-        query: ``[q]`` int64, the newest tokens: the prompt if there is one, else the tail's end.
+        query: ``[q]`` int64, the newest of all tokens, pending ones included: the end of prompt and
+            answer if there are any, else of history.
         pending: ``[p]`` int64, tokens behind the cursor which are not in the memory yet.
     """
 
@@ -38,6 +39,16 @@ class FocusView:
     reader: ContextReader
     query: Tensor
     pending: Tensor
+
+    @property
+    def n_proposable(self) -> int:
+        """Blocks ``[0, n)`` that may be proposed: before the raw tail, and before the query.
+
+        The query would find itself otherwise.
+        """
+        context = self.context
+        query_start = context.cursor + len(self.pending) - len(self.query)
+        return min(context.raw_start, max(0, query_start)) // context.block_size
 
 
 class FocusPolicy(Protocol):
@@ -96,13 +107,12 @@ class LexicalPolicy:
 
     def search(self, view: FocusView) -> tuple[Tensor, Tensor]:
         """Blocks ``[m]`` int64 (each once) and utilities ``[m]`` float32 in nats, best first."""
-        context = view.context
-        n_blocks = context.cursor // context.block_size
-        # Hits behind the cursor or in the tail are dropped below, so ask for more than needed.
+        n_blocks = view.context.cursor // view.context.block_size
+        # Hits that may not be proposed are dropped below, so ask for more than needed.
         found, points = view.memory.search_blocks(
             view.base.decode(view.query), self.proposals * 2 + 16
         )
-        old = found < min(n_blocks, context.raw_start // context.block_size)
+        old = found < view.n_proposable
         found, points = found[old][: self.proposals], points[old][: self.proposals]
         if not len(found):
             return found, points
@@ -139,7 +149,7 @@ class AttentionPolicy:
         if not len(context):
             return FocusScores.unknown(0)
         reading = view.reader.read(context, view.pending)
-        mass = view.base.attention_to(reading, min(self.query_rows, reading.n_rows)).float()
+        mass = view.base.attention_to(reading, min(self.query_rows, reading.n_rows)).cpu()
         rows = torch.where(context.levels > 0, context.gist_cost, context.widths)
         entry = torch.repeat_interleave(rows)
         if reading.n_gists:

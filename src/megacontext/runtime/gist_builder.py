@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megacontext.errors import ConfigError
 from megacontext.gistnet import GistNet
 from megacontext.lensnet import LensNet
 from megacontext.memory import Memory
@@ -41,10 +42,18 @@ class GistBuilder:
     Args:
         base: the frozen base model; only its embeddings and tokenizer are used.
         gistnet: the compressor.
-        lens: makes the keys stored beside the gists; ``None`` stores none.
+        lens: makes the keys stored beside the gists, on the CPU; ``None`` stores none.
+
+    Raises:
+        ConfigError: the lens needs summaries for its keys, which are not made here.
     """
 
     def __init__(self, base: BaseModel, gistnet: GistNet, lens: LensNet | None = None) -> None:
+        if lens is not None and lens.config.key_summary:
+            raise ConfigError(
+                "the LensNet has key_summary on: its keys need summaries, which only training "
+                "makes; train one with key_summary=false"
+            )
         self.base = base
         self.gistnet = gistnet
         self.lens = lens
@@ -71,7 +80,7 @@ class GistBuilder:
             1,
             self.base.embed(before) if len(before) else None,
         )
-        self._add(built, 1, made.vectors.to(stored), made.fidelity)
+        self._add(built, 1, made.vectors.to("cpu", stored), made.fidelity.cpu())
         built.block_texts.extend(self._texts(memory, first, tokens, count))
         total = memory.n_tokens + len(new_tokens)
         level, width = 2, size**2
@@ -81,8 +90,8 @@ class GistBuilder:
                 (memory.gists(level - 1, start).float(), built.gists[level - 1].float())
             )
             whole = total // width * size - start
-            made = self.gistnet.encode_level(children[:whole], level)
-            self._add(built, level, made.vectors.to(stored), made.fidelity)
+            made = self.gistnet.encode_level(children[:whole].to(self.base.device), level)
+            self._add(built, level, made.vectors.to("cpu", stored), made.fidelity.cpu())
             level, width = level + 1, width * size
         return built
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megacontext.memory import Memory, Source
 from megacontext.runtime.base_model import BaseModel
-from megacontext.runtime.gist_builder import GistBuilder
+from megacontext.runtime.gist_builder import BuiltGists, GistBuilder
 from megacontext.runtime.text_pieces import text_pieces
 from megacontext.telemetry import Telemetry
 
@@ -107,7 +107,7 @@ class Ingestor:
                 block_texts=built.block_texts,
                 source_id=source_id,
             )
-            self._report(start, len(chunk), built.gists, gist_ms, started, source_id)
+            self._report(start, len(chunk), built, gist_ms, started, source_id)
             if progress is not None:
                 progress(len(chunk))
 
@@ -115,7 +115,7 @@ class Ingestor:
         self,
         start: int,
         count: int,
-        gists: dict[int, Tensor],
+        built: BuiltGists,
         gist_ms: float,
         started: float,
         source_id: int | None,
@@ -124,7 +124,7 @@ class Ingestor:
             return
         generation = self.memory.generation
         ms = (time.perf_counter() - started) * 1000
-        for level, vectors in gists.items():
+        for level, vectors in built.gists.items():
             first = self.memory.count(level) - len(vectors)
             self.telemetry.gist(
                 generation=generation, level=level, first=first, count=len(vectors), ms=gist_ms
@@ -132,7 +132,8 @@ class Ingestor:
         self.telemetry.ingest(
             generation=generation, start=start, tokens=count, ms=ms, source_id=source_id
         )
-        written = count * 4 + sum(vectors.numel() * 2 for vectors in gists.values())
+        halves = (*built.gists.values(), *built.keys.values(), *built.fidelity.values())
+        written = count * 4 + sum(values.numel() * 2 for values in halves)
         self.telemetry.commit(
             generation=generation,
             tokens=self.memory.n_tokens,

@@ -14,7 +14,7 @@ from megacontext.lensnet import (
     entry_legality,
     span_features,
 )
-from megacontext.runtime.focus_policies import FocusView, LexicalPolicy
+from megacontext.runtime.focus_policies import FocusView, LexicalPolicy, proposals_to_scores
 from megacontext.runtime.focus_scores import FocusScores
 from megacontext.runtime.working_context import WorkingContext
 
@@ -36,9 +36,11 @@ class LensPolicy:
 
     @torch.inference_mode()
     def score(self, view: FocusView) -> FocusScores:
-        """The lens's scores; proposals that are raw already count for their entry."""
+        """The lens's scores; a proposed block that is raw already is kept for its score."""
         context = view.context
-        hidden = view.base.features(view.query).float()[None]
+        if not len(context):
+            return FocusScores.unknown(0)
+        hidden = view.base.features(view.query).float().cpu()[None]
         tail = TailStates(hidden, torch.ones(hidden.shape[:2], dtype=torch.bool))
         blocks, lexical, learned = self._propose(view, tail)
         facts = self._entry_facts(view)
@@ -66,16 +68,17 @@ class LensPolicy:
         )
         scores = self.lens(entries, cache, tail)
         signed = scores.entry[0].float()
+        proposed = proposals_to_scores(context, blocks, scores.cache[0].float())
+        kept = proposed.entry_utility
         return FocusScores(
-            proposal_blocks=blocks,
-            proposal_utility=scores.cache[0].float(),
-            entry_utility=signed.clamp(max=0.0),
+            proposal_blocks=proposed.proposal_blocks,
+            proposal_utility=proposed.proposal_utility,
+            entry_utility=torch.where(kept > 0, kept, signed.clamp(max=0.0)),
             expand_utility=signed.clamp(min=0.0),
         )
 
     def _propose(self, view: FocusView, tail: TailStates) -> tuple[Tensor, Tensor, Tensor]:
-        """Blocks ``[m]`` outside the window's raw part with lexical and learned scores or NaN."""
-        context = view.context
+        """Blocks ``[m]`` before the tail with lexical and learned scores or NaN, raw ones too."""
         found, points = self._lexical.search(view)
         keyed, relevance = self._by_keys(view, tail)
         blocks = torch.unique(torch.cat((found, keyed)))
@@ -83,15 +86,14 @@ class LensPolicy:
         learned = torch.full((len(blocks),), torch.nan)
         lexical[torch.searchsorted(blocks, found)] = points
         learned[torch.searchsorted(blocks, keyed)] = relevance
-        hidden = context.levels[context.indices_of(blocks * context.block_size)] > 0
-        return blocks[hidden], lexical[hidden], learned[hidden]
+        old = blocks * view.context.block_size < view.context.raw_start
+        return blocks[old], lexical[old], learned[old]
 
     def _by_keys(self, view: FocusView, tail: TailStates) -> tuple[Tensor, Tensor]:
         """Blocks whose level-1 keys are closest to the tail's queries."""
-        context, memory = view.context, view.memory
+        memory, old = view.memory, view.n_proposable
         nothing = torch.empty(0)
-        old = context.raw_start // context.block_size
-        if memory.identity.key_width == 0 or self.lens.config.key_summary or not old:
+        if memory.identity.key_width == 0 or not old:
             return nothing.long(), nothing
         queries = self.lens.encode_queries(tail.hidden, tail.mask)
         relevance = self.lens.relevance(queries, memory.keys(1, 0, old))[0].float()
@@ -139,13 +141,15 @@ class LensPolicy:
     ) -> SpanFacts:
         context = view.context
         m, starts = len(blocks), blocks * context.block_size
+        # A block that is raw is described as if it were still its gist: that is what is at stake.
+        block_cost = context.block_size - context.gist_cost
         no, yes = torch.zeros(1, m, dtype=torch.bool), torch.ones(1, m, dtype=torch.bool)
         return SpanFacts(
             levels=torch.zeros(1, m, dtype=torch.int64),
             starts=starts[None],
             stops=(starts + context.block_size)[None],
-            costs=context.chain_costs(blocks)[None],
-            depths=context.levels[context.indices_of(starts)][None],
+            costs=context.chain_costs(blocks).clamp(min=block_cost)[None],
+            depths=context.levels[context.indices_of(starts)].clamp(min=1)[None],
             fidelity=self._fidelity(view, torch.ones_like(blocks), starts)[None],
             lexical=lexical[None],
             attention=torch.full((1, m), torch.nan),
@@ -164,7 +168,7 @@ class LensPolicy:
         for level in torch.unique(levels[levels > 0]).tolist():
             here = levels == level
             index = starts[here] // view.context.block_size**level
-            fidelity[here] = view.memory.fidelity(level)[index].float()
+            fidelity[here] = view.memory.fidelity_at(level, index)
         return fidelity
 
 

@@ -43,29 +43,27 @@ class OraclePolicy:
         blocks = torch.unique(torch.cat((found, hints)))
         if not len(blocks):
             return proposals_to_scores(context, blocks, torch.empty(0))
-        now = self._nll(view, None)
+        now = self._nll(view, context, None)
         utility = torch.stack([self._gain(view, int(block), now) for block in blocks])
         return proposals_to_scores(context, blocks, utility)
 
     def _gain(self, view: FocusView, block: int, now: Tensor) -> Tensor:
         """What having the block raw is worth; for a block that is raw, what it would lose."""
-        context = view.context
-        entry = context.index_of(block * context.block_size)
+        context, token = view.context, block * view.context.block_size
+        entry = context.index_of(token)
         if int(context.levels[entry]) > 0:
-            return now - self._nll(view, block)
-        without = context.collapse(entry) if bool(context.legal_collapse[entry]) else context
-        return self._read_nll(view, without) - now
+            return now - self._nll(view, context.reveal(block), token)
+        without = context.collapse(entry)
+        return self._nll(view, without, None) - self._nll(view, context, token)
 
-    def _nll(self, view: FocusView, block: int | None) -> Tensor:
-        context = view.context if block is None else view.context.reveal(block)
-        scores = FocusScores.unknown(len(context))
-        if block is not None:
-            entry = context.index_of(block * context.block_size)
-            scores.entry_utility[entry] = float("1e6")  # the last thing to make room with
+    def _nll(self, view: FocusView, context: WorkingContext, kept: int | None) -> Tensor:
+        """Summed NLL of the coming tokens; room is made last with the entry over token ``kept``."""
+        nothing = torch.empty(0)
+        worth = torch.zeros(len(context))
+        if kept is not None:
+            worth[context.index_of(kept)] = 1e6
+        scores = FocusScores(nothing.long(), nothing, worth, torch.zeros(len(context)))
         reserve = len(view.pending) + len(self.future)
         plan = self._allocator.make_room(context, scores, AllocatorState.initial(), reserve)
-        return self._read_nll(view, plan.context)
-
-    def _read_nll(self, view: FocusView, context: WorkingContext) -> Tensor:
-        reading = view.reader.read(context, view.pending)
-        return view.base.nll(reading, self.future).sum()
+        reading = view.reader.read(plan.context, view.pending, ahead=len(self.future))
+        return view.base.nll(reading, self.future).sum().cpu()

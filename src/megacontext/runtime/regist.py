@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from megacontext.errors import MemoryMismatchError
 from megacontext.gistnet import GistNet
 from megacontext.lensnet import LensNet
-from megacontext.memory import Memory
+from megacontext.memory import Memory, MemoryIdentity
 from megacontext.memory.rebuild import GistBatch
 from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.engine import Engine
@@ -34,9 +36,13 @@ def regist(
         progress: called with a level and how many of its gists a batch added.
 
     Raises:
+        MemoryMismatchError: the memory belongs to another base model, tokenizer or block size.
         MemoryStoreError: the disk failed; the memory is as it was.
+        ConfigError: the lens cannot make keys here.
     """
     identity = Engine.identity(base, gistnet, lens)
+    _require_same_base(memory, identity)
+    gistnet = gistnet.to(base.device)
     size = gistnet.config.block_size
     reach = gistnet.config.context_tokens
 
@@ -51,14 +57,14 @@ def regist(
                     context = base.embed(before.long()) if len(before) else None
                     made = gistnet.encode_level(base.embed(children.long()), 1, context)
                 else:
-                    made = gistnet.encode_level(children.float(), level)
-                vectors = made.vectors.half()
+                    made = gistnet.encode_level(children.to(base.device).float(), level)
+                vectors = made.vectors.to("cpu", torch.float16)
                 keys = None
                 if lens is not None:
                     keys = lens.encode_keys(vectors, torch.full((len(vectors),), level))
             if progress is not None:
                 progress(level, last - first)
-            yield GistBatch(vectors, keys, made.fidelity)
+            yield GistBatch(vectors, keys, made.fidelity.cpu())
 
     memory.replace_gists(
         make,
@@ -67,3 +73,18 @@ def regist(
         key_width=identity.key_width,
         gist_dtype=identity.gist_dtype,
     )
+
+
+def _require_same_base(memory: Memory, identity: MemoryIdentity) -> None:
+    """Only the gists may be of another making."""
+    have = memory.identity
+    rebuilt = replace(
+        have,
+        gist_version=identity.gist_version,
+        gist_width=identity.gist_width,
+        key_width=identity.key_width,
+        gist_dtype=identity.gist_dtype,
+    )
+    difference = rebuilt.explain_difference(identity)
+    if difference is not None:
+        raise MemoryMismatchError(f"{memory.path.name}: {difference}")

@@ -9,7 +9,7 @@ from typing import Literal, Self
 from pydantic import Field
 
 from megacontext.config import FrozenConfig
-from megacontext.errors import ConfigError
+from megacontext.errors import MegaContextError
 from megacontext.gistnet import GistNet
 from megacontext.lensnet import LensNet, LensNetConfig
 from megacontext.memory import Memory
@@ -82,7 +82,7 @@ class Session:
 
     Raises:
         ModelError: the base model or a checkpoint cannot be loaded.
-        ConfigError: the policy lacks what it needs.
+        ConfigError: the dtype or device does not exist here.
     """
 
     def __init__(self, config: SessionConfig) -> None:
@@ -95,7 +95,7 @@ class Session:
             if config.gistnet is None
             else GistNet.from_pretrained(config.gistnet)
         )
-        self.lens = self._load_lens()
+        self.lens = None if config.lens is None else LensNet.from_pretrained(config.lens)
         sink = None if config.telemetry is None else JsonlSink(config.telemetry)
         self.telemetry = Telemetry(sink)
 
@@ -104,17 +104,20 @@ class Session:
 
         Raises:
             MemoryStoreError: it cannot be made.
+            ConfigError, CheckpointError: the session's models and sizes do not fit together.
         """
-        return self.engine(Memory.create(path, Engine.identity(self.base, self.gistnet, self.lens)))
+        identity = Engine.identity(self.base, self.gistnet, self.lens)
+        return self._engine_or_close(Memory.create(path, identity))
 
     def open(self, path: Path, *, writable: bool) -> Engine:
         """Opens a memory made for these models.
 
         Raises:
             MemoryStoreError: there is none, it belongs to other models, or it is in use.
+            ConfigError, CheckpointError: the session's models and sizes do not fit together.
         """
         expect = Engine.identity(self.base, self.gistnet, self.lens)
-        return self.engine(Memory.open(path, "a" if writable else "r", expect=expect))
+        return self._engine_or_close(Memory.open(path, "a" if writable else "r", expect=expect))
 
     def engine(self, memory: Memory) -> Engine:
         """An engine over an open memory."""
@@ -138,9 +141,7 @@ class Session:
             case "attention":
                 return AttentionPolicy()
             case "lens":
-                if self.lens is None:
-                    raise ConfigError("policy 'lens' has no lens")
-                return LensPolicy(self.lens)
+                return LensPolicy(self._untrained_lens() if self.lens is None else self.lens)
 
     def close(self) -> None:
         """Ends the telemetry."""
@@ -157,12 +158,18 @@ class Session:
     ) -> None:
         self.close()
 
-    def _load_lens(self) -> LensNet | None:
-        if self.config.lens is not None:
-            return LensNet.from_pretrained(self.config.lens)
-        if self.config.policy != "lens":
-            return None
-        # Untrained, it weighs proposals by their BM25 score alone.
+    def _engine_or_close(self, memory: Memory) -> Engine:
+        try:
+            return self.engine(memory)
+        except MegaContextError:
+            memory.close()  # or nobody could write to it while this process lives
+            raise
+
+    def _untrained_lens(self) -> LensNet:
+        """Weighs proposals by their BM25 score alone.
+
+        Its keys would mean nothing, so none are stored: any memory without keys will do.
+        """
         return LensNet(
             LensNetConfig(
                 d_model=self.base.d_model,
