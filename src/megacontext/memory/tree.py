@@ -274,6 +274,14 @@ class Memory:
         """
         return self._read("fidelity", level, start, stop, 1, torch.float16)[:, 0].float()
 
+    def fidelity_at(self, level: int, index: Tensor) -> Tensor:
+        """Fidelity of the gists at ``index`` ``[m]`` int64: ``[m]`` float32, no other is read.
+
+        Raises:
+            InputError: there is no such level.
+        """
+        return self._read("fidelity", level, 0, None, 1, torch.float16)[index, 0].float()
+
     def sources(self) -> list[SourceRecord]:
         """All sources, in the order of their tokens."""
         self._check_open()

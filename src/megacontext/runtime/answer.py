@@ -9,6 +9,9 @@ from torch import Tensor
 
 from megacontext.runtime.base_model import BaseModel
 
+# A character has four bytes at most, so a token is settled once three have followed it.
+_OPEN_TOKENS = 3
+
 
 @dataclass(frozen=True)
 class DecodedToken:
@@ -47,7 +50,6 @@ class Answer:
         self._stop = stop
         self._said = prompt.clone()
         self._n_said = len(prompt)
-        self._n_prompt = len(prompt)
         self._read: list[int] = []  # ids whose text is out already: context for the next ones
         self._unread: list[int] = []
         self._held: list[DecodedToken] = []
@@ -64,9 +66,9 @@ class Answer:
         return self._said[: self._n_said - len(self._held)]
 
     @property
-    def n_decoded(self) -> int:
-        """Tokens of the answer, held ones included."""
-        return self._n_said - self._n_prompt
+    def certain(self) -> Tensor:
+        """``[p + c]`` int64: the prompt and the tokens that belong to the answer in any case."""
+        return self.released if self._stop else self.said
 
     def push(self, token: int, round_: int) -> list[DecodedToken]:
         """Takes in the next token and gives out what is known to belong to the answer.
@@ -80,32 +82,34 @@ class Answer:
             grown[: self._n_said] = self._said
             self._said = grown
         self._said[self._n_said] = token
-        decoded = DecodedToken(token, self._text(token), self._start + self._n_said, round_)
+        self._held.append(DecodedToken(token, "", self._start + self._n_said, round_))
         self._n_said += 1
-        self._held.append(decoded)
+        self._unread.append(token)
+        text = self._text_of(self._unread)
+        if not text.endswith("\ufffd"):
+            self._settle(len(self._unread), text)
+        elif len(self._unread) > _OPEN_TOKENS:
+            self._settle(1, self._text_of(self._unread[:1]))
         return self._release()
 
     def finish(self) -> list[DecodedToken]:
         """Gives out what is held, since the answer ends without the stop text."""
-        released, self._held = self._held, []
         if self._unread:
-            released[-1] = replace(released[-1], text=self._unread_text())
-            self._unread = []
+            self._settle(len(self._unread), self._text_of(self._unread))
+        released, self._held = self._held, []
         return released
 
-    def _text(self, token: int) -> str:
-        """What a token adds to the text, given those before it."""
-        self._unread.append(token)
-        text = self._unread_text()
-        if text.endswith("\ufffd"):
-            return ""
-        self._read, self._unread = self._unread, []
-        return text
+    def _text_of(self, tokens: list[int]) -> str:
+        """What the oldest unread tokens add to the text."""
+        # Decoded behind tokens before them, since some tokenizers drop a leading space.
+        return self._base.decode(self._read + tokens)[len(self._base.decode(self._read)) :]
 
-    def _unread_text(self) -> str:
-        # Decoded behind the tokens before them, since some tokenizers drop a leading space.
-        before = self._base.decode(self._read)
-        return self._base.decode(self._read + self._unread)[len(before) :]
+    def _settle(self, count: int, text: str) -> None:
+        """Gives the oldest unread tokens their text: the last of them carries it."""
+        last = len(self._held) - len(self._unread) + count - 1
+        self._held[last] = replace(self._held[last], text=text)
+        self._read = (self._read + self._unread[:count])[-2 * _OPEN_TOKENS :]
+        self._unread = self._unread[count:]
 
     def _release(self) -> list[DecodedToken]:
         text = "".join(token.text for token in self._held)

@@ -257,6 +257,7 @@ class Engine:
         *,
         max_new_tokens: int = 256,
         stop: str = "",
+        query: str = "",
         remember: bool = True,
         seed: int = 0,
         **sampling: Any,
@@ -269,7 +270,10 @@ class Engine:
             stop: text at which to end (it is not part of the answer); none if empty. Tokens that
                 may begin it are held back until that is known. Where it begins within a token,
                 the token stays and only its text is cut.
-            remember: whether prompt and answer become part of the memory.
+            query: text to focus for; prompt and answer themselves if empty. Give the bare question
+                where the prompt wraps it in words of its own.
+            remember: whether prompt and answer become part of the memory. If not, the focus
+                returns to where it stood once the answer is complete.
             seed: of the sampler.
             sampling: overrides of the model's generation settings, such as ``temperature``.
 
@@ -292,29 +296,41 @@ class Engine:
         start = self.memory.n_tokens
         prompt_ids = self.base.encode(prompt)
         answer = Answer(self.base, prompt_ids, start, stop)
+        asked = self.base.encode(query) if query else None
+        mark = self.focus.mark()
         try:
-            for decoded in self._decode(answer, sampler, max_new_tokens, remember=remember):
+            for decoded in self._decode(
+                answer, sampler, max_new_tokens, query=asked, remember=remember
+            ):
                 self._decoded.append(decoded)
                 yield decoded
         finally:
             # Also where the caller stops listening: what was given out is remembered.
             if remember:
                 self._commit(answer.released[self.memory.n_tokens - start :])
+            else:
+                self.focus.return_to(mark)
             first = start + len(prompt_ids)
             self._report_decode(first, start + len(answer.released) - first, started)
 
     def _decode(
-        self, answer: Answer, sampler: TokenSampler, max_new_tokens: int, *, remember: bool
+        self,
+        answer: Answer,
+        sampler: TokenSampler,
+        max_new_tokens: int,
+        *,
+        query: Tensor | None,
+        remember: bool,
     ) -> Iterator[DecodedToken]:
         size, start = self.memory.identity.block_size, self.memory.n_tokens
         reading: _Reading | None = None
         for count in range(max_new_tokens):
             if reading is None or count % size == 0:
                 if remember:
-                    self._commit(answer.released[self.memory.n_tokens - start :])
+                    self._commit(answer.certain[self.memory.n_tokens - start :])
                 pending = answer.said[self.memory.n_tokens - start :]
                 rounds = self.config.refocus_rounds if reading is None else 1
-                reading = self._focus_and_read(reading, pending, len(answer.said), rounds)
+                reading = self._focus_and_read(reading, pending, len(answer.said), rounds, query)
             else:
                 reading.logits = self._step(reading, answer.said[-1:])
             token = sampler.choose(reading.logits, answer.said)
@@ -403,7 +419,12 @@ class Engine:
         return max(0, self.memory.identity.block_size - self.config.allocator.headroom)
 
     def _focus_and_read(
-        self, old: _Reading | None, pending: Tensor, asking: int, rounds: int
+        self,
+        old: _Reading | None,
+        pending: Tensor,
+        asking: int,
+        rounds: int,
+        query: Tensor | None,
     ) -> _Reading:
         """Refocuses, then reads what changed; KV ``exact``: recomputed from the first change on."""
         if self.context.cursor + len(pending) == 0:
@@ -418,7 +439,7 @@ class Engine:
                 "(remember=True), shorten the prompt, or raise the budget"
             )
         for _ in range(rounds):
-            plan = self.focus.refocus(pending, asking=asking, reserve=reserve)
+            plan = self.focus.refocus(pending, asking=asking, query=query, reserve=reserve)
             if not any(edit.kind == "expand" for edit in plan.edits):
                 break
         new = self.reader.read(self.context, pending, ahead=self.memory.identity.block_size)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from megacontext.errors import InputError
+from megacontext.errors import InputError, InvariantError
 from megacontext.memory import Memory
 from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.context_reader import ContextReader
@@ -124,7 +124,13 @@ class FocusLoop:
         self.context = context
 
     def refocus(
-        self, pending: Tensor, *, asking: int = 0, reserve: int = 0, reason: str = "decode"
+        self,
+        pending: Tensor,
+        *,
+        asking: int = 0,
+        query: Tensor | None = None,
+        reserve: int = 0,
+        reason: str = "decode",
     ) -> FocusPlan:
         """One round of scores and edits.
 
@@ -132,6 +138,7 @@ class FocusLoop:
             pending: ``[p]`` int64, tokens behind the cursor that the model reads as well.
             asking: how many of the newest tokens, pending or not, are prompt and answer; 0: the
                 pending ones. At most ``query_tokens`` of them ask; without any, history does.
+            query: ``[q]`` int64, tokens that ask instead of those.
             reserve: token-equivalents to keep free for pending and coming tokens.
             reason: why, for telemetry.
 
@@ -145,7 +152,7 @@ class FocusLoop:
             # A policy may read the context, and this one is too long for the base to read.
             made = self._make_room(before, reserve)
             self.context, room = made.context, made.edits
-        scores = self.policy.score(self.view(pending, asking))
+        scores = self.policy.score(self.view(pending, asking, query))
         scored = time.perf_counter()
         plan = self.allocator.plan(self.context, scores, self.state, reserve)
         plan = FocusPlan(room + plan.edits, plan.context, plan.state)
@@ -166,8 +173,30 @@ class FocusLoop:
         self._report(record, plan, recomputed, (scored - started) * 1000, started, reason)
         return plan
 
-    def view(self, pending: Tensor, asking: int = 0) -> FocusView:
+    def mark(self) -> tuple[WorkingContext, AllocatorState]:
+        """Where the focus stands, for :meth:`return_to`."""
+        return self.context, self.state
+
+    def return_to(self, mark: tuple[WorkingContext, AllocatorState]) -> None:
+        """Takes back the edits since a mark; rounds go on counting, so that records stay apart.
+
+        Raises:
+            InvariantError: the history has grown since.
+        """
+        context, state = mark
+        if context.cursor != self.context.cursor:
+            raise InvariantError(
+                f"the focus stood at token {context.cursor} and is now at {self.context.cursor}; "
+                "edits behind a history that has grown cannot be taken back"
+            )
+        passed = self.state.round - state.round
+        self.context = context
+        self.state = replace(state, round=self.state.round, rounds=state.rounds + passed)
+
+    def view(self, pending: Tensor, asking: int = 0, query: Tensor | None = None) -> FocusView:
         """What the policy may look at now; see :meth:`refocus`."""
+        if query is not None:
+            return FocusView(self.context, self.memory, self.base, self.reader, query, pending)
         cursor = self.context.cursor
         wanted = min(asking or len(pending) or self.query_tokens, self.query_tokens)
         query = pending[max(0, len(pending) - wanted) :]

@@ -6,6 +6,7 @@ allocator, so that a learned lens has honest rivals.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +18,8 @@ from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.context_reader import ContextReader
 from megacontext.runtime.focus_scores import FocusScores
 from megacontext.runtime.working_context import WorkingContext
+
+_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,9 @@ class LexicalPolicy:
         proposals: most blocks to propose.
         nats_per_point: what one point of BM25 score counts as, in nats.
         relative_floor: hits below this share of the best one are left out.
+        telling_share: words of the query whose inverse document frequency is below this share of
+            the highest one are left out.
+        neighbour_share: of a hit's score that the block before it and the one behind it get.
     """
 
     name = "lexical"
@@ -93,11 +99,13 @@ class LexicalPolicy:
         proposals: int = 8,
         nats_per_point: float = 0.1,
         relative_floor: float = 0.5,
+        telling_share: float = 0.5,
         neighbour_share: tuple[float, float] = (0.5, 0.8),
     ) -> None:
         self.proposals = proposals
         self.nats_per_point = nats_per_point
         self.relative_floor = relative_floor
+        self.telling_share = telling_share
         self.neighbour_share = neighbour_share
 
     def score(self, view: FocusView) -> FocusScores:
@@ -109,9 +117,8 @@ class LexicalPolicy:
         """Blocks ``[m]`` int64 (each once) and utilities ``[m]`` float32 in nats, best first."""
         n_blocks = view.context.cursor // view.context.block_size
         # Hits that may not be proposed are dropped below, so ask for more than needed.
-        found, points = view.memory.search_blocks(
-            view.base.decode(view.query), self.proposals * 2 + 16
-        )
+        words = self._telling(view.memory, view.base.decode(view.query))
+        found, points = view.memory.search_blocks(words, self.proposals * 2 + 16)
         old = found < view.n_proposable
         found, points = found[old][: self.proposals], points[old][: self.proposals]
         if not len(found):
@@ -127,6 +134,13 @@ class LexicalPolicy:
         best = torch.zeros(len(unique)).scatter_reduce(0, where, utility, "amax")
         order = torch.argsort(best, descending=True, stable=True)
         return unique[order], best[order]
+
+    def _telling(self, memory: Memory, text: str) -> str:
+        """The words of a query that tell blocks apart; the rest would drown them."""
+        words = sorted(set(_WORD.findall(text)))
+        weights = memory.term_weights(words)
+        least = self.telling_share * max(weights.values(), default=0.0)
+        return " ".join(word for word in words if weights[word] >= least)
 
 
 class AttentionPolicy:

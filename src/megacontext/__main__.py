@@ -1,0 +1,7 @@
+"""``python -m megacontext``."""
+
+import sys
+
+from megacontext.cli.main import main
+
+sys.exit(main())

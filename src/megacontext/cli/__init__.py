@@ -1,0 +1,3 @@
+"""The ``megacontext`` command."""
+
+__all__: list[str] = []
