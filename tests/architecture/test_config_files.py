@@ -10,7 +10,13 @@ from architecture.repository import ROOT, tracked_files
 from megacontext.config import FrozenConfig, load_config
 
 # The first pattern (relative to configs/) that matches a file names its class.
-CONFIG_TYPES = (("train/tiny_cpu.yaml", "megacontext.training.train_base:TrainBaseConfig"),)
+CONFIG_TYPES = (
+    ("data/*.yaml", "megacontext.training.prepare_dataset:PrepareDatasetConfig"),
+    ("runs/base_llm.yaml", "megacontext.evaluation.decode_demo:DecodeDemoConfig"),
+    ("runs/demo.yaml", "megacontext.evaluation.demo:DemoConfig"),
+    ("runs/poc_*.yaml", "megacontext.evaluation.poc_loop:PocLoopConfig"),
+    ("train/tiny_cpu.yaml", "megacontext.training.train_base:TrainBaseConfig"),
+)
 
 
 def config_files() -> list[Path]:

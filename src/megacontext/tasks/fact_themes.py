@@ -147,7 +147,7 @@ class FactThemes:
         return Theme(statements, questions)
 
     def plain(self, count: int) -> Theme:
-        """``count`` facts of mixed kinds, one question each, none corrected: statement i, question i.
+        """``count`` facts of mixed kinds, none corrected: question i is about statement i.
 
         One half are numbers of five digits, the rest hiding places and attributes of people.
         """
@@ -155,18 +155,19 @@ class FactThemes:
         questions: list[Question] = []
         people = self.vocabulary.people(count)
         for index, label in enumerate(self._labels(count)):
+            subject = label
             if index % 2 == 0:
                 spec = ("digits5", "code", _CODE_STATEMENTS[:4], _CODE_QUESTIONS[:3])
             elif index % 4 == 1:
                 spec = ("place", "hiding", _HIDING_STATEMENTS, _HIDING_QUESTIONS)
             else:
                 attribute = self.rng.choice(ATTRIBUTES)
-                label = people[index]
+                subject = people[index]
                 spec = (attribute.kind, "attribute", attribute.statements, attribute.questions)
             kind, family, says, asks = spec
             value = self._value(kind)
-            statements.append(self.rng.choice(says).format(n=label, k=label, v=value))
-            asked = self.rng.choice(asks).format(n=label, k=label)
+            statements.append(self.rng.choice(says).format(n=subject, k=subject, v=value))
+            asked = self.rng.choice(asks).format(n=subject, k=subject)
             questions.append(Question(asked, value, index + 1, family))
         return Theme(statements, questions)
 
@@ -186,11 +187,13 @@ class FactThemes:
         keys: set[str] = set()
         while len(keys) < count:
             kind = self.rng.choice(("thing", "animal", "place", "food", "name"))
-            keys.add(
+            key = (
                 self.vocabulary.word(kind)
                 if self.rng.random() < 0.6
                 else self.vocabulary.invented_name().lower()
             )
+            if key.lower() not in {known.lower() for known in keys}:
+                keys.add(key)
         ordered = sorted(keys)
         self.rng.shuffle(ordered)
         values = [self.vocabulary.digits(length) for _ in ordered]
@@ -216,7 +219,9 @@ class FactThemes:
                 name = self._variable(taken)
                 statements.append(f"VAR {name} = {source}.")
                 questions.append(
-                    Question(f"What is the value of VAR {name}?", value, len(statements), "variable")
+                    Question(
+                        f"What is the value of VAR {name}?", value, len(statements), "variable"
+                    )
                 )
                 source = f"VAR {name}"
         return Theme(statements, questions)
@@ -254,7 +259,7 @@ class FactThemes:
     def _value(self, kind: str) -> str:
         if kind.startswith("digits"):
             return self.vocabulary.digits(int(kind.removeprefix("digits")))
-        return self.vocabulary.word(kind)
+        return self.vocabulary.value(kind)
 
     def _state(
         self,
@@ -273,7 +278,9 @@ class FactThemes:
         first = len(statements)
         asked = self.rng.choice(asks).format(n=subject, k=subject)
         if self.rng.random() < 1 / 6:
-            value = self._value(value_kind)
+            former = value
+            while value == former:
+                value = self._value(value_kind)
             statements.append(self.rng.choice(corrects).format(n=subject, k=subject, v=value))
             first, family = first + 1, "correction"
         questions.append(Question(asked, value, first, family))

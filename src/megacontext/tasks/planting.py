@@ -52,7 +52,9 @@ def plant(
     gaps = [gap for gap in gaps if gap < len(text) * last_share]
     count = len(theme.statements)
     if len(gaps) < count:
-        raise InputError(f"the text has room for {len(gaps)} facts, not for {count}; use a longer one")
+        raise InputError(
+            f"the text has room for {len(gaps)} facts, not for {count}; use a longer one"
+        )
     parts: list[str] = []
     facts: list[PlantedFact] = []
     done = length = 0

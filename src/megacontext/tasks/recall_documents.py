@@ -72,7 +72,7 @@ class RecallDocuments:
         return [Piece(first, "statement"), Piece(again, "copy")]
 
     def scatter(self, themes: Sequence[Theme], noise: str) -> list[Piece]:
-        """Spreads the statements over the noise in order and puts each question after its evidence."""
+        """Spreads the statements over the noise in order, each question after its evidence."""
         timeline: list[tuple[float, int, list[Piece]]] = []
         order = 0
         for theme in themes:

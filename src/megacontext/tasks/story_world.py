@@ -15,7 +15,16 @@ from dataclasses import dataclass, field
 from megacontext.tasks.documents import Question, Theme
 from megacontext.tasks.vocabulary import Split, Vocabulary
 
-_BABI_PEOPLE = ("Mary", "John", "Daniel", "Sandra", "Bill", "Fred", "Jeff", "Julie")
+_BABI_PEOPLE: tuple[str, ...] = (
+    "Mary",
+    "John",
+    "Daniel",
+    "Sandra",
+    "Bill",
+    "Fred",
+    "Jeff",
+    "Julie",
+)
 _BABI_PLACES = (
     "kitchen", "garden", "bathroom", "bedroom", "hallway", "office", "park", "school", "cinema",
 )  # fmt: skip
@@ -24,7 +33,8 @@ _MOVES = ("moved to", "went to", "journeyed to", "travelled to", "went back to")
 _GETS = ("got", "picked up", "grabbed", "took")
 _DROPS = ("dropped", "discarded", "put down", "left")
 _GIVES = ("gave", "handed", "passed")
-_DIRECTIONS = {"north": "south", "south": "north", "east": "west", "west": "east"}
+_OPPOSITES = {"north": "south", "south": "north", "east": "west", "west": "east"}
+_OFFSETS = {"north": (0, 1), "south": (0, -1), "east": (1, 0), "west": (-1, 0)}
 _NUMBERS = ("none", "one", "two", "three", "four", "five", "six")
 
 STORY_KINDS = ("qa1", "qa2", "qa3", "qa4", "qa5", "qa6", "qa7", "qa8", "qa9", "qa10")
@@ -55,9 +65,7 @@ class StoryWorld:
         babi_share: share of stories that use the people, places and things of bAbI's own world.
     """
 
-    def __init__(
-        self, rng: random.Random, split: Split = "train", babi_share: float = 0.6
-    ) -> None:
+    def __init__(self, rng: random.Random, split: Split = "train", babi_share: float = 0.6) -> None:
         self.rng = rng
         self.vocabulary = Vocabulary(rng, split)
         self.babi_share = babi_share
@@ -80,22 +88,23 @@ class StoryWorld:
         )
 
     def _directions(self, sentences: int) -> Theme:
-        """Places on a grid; each sentence relates a new place to one named before."""
+        """Places on a grid, one a cell; each sentence relates a new place to one named before."""
         places = (
             self.rng.sample(_BABI_PLACES[:6], min(6, sentences + 1))
             if self.rng.random() < self.babi_share
-            else self.vocabulary.words("place", sentences + 1)
+            else self.vocabulary.words("place", min(sentences + 1, self.vocabulary.size("place")))
         )
         theme = Theme([])
-        taken: set[tuple[str, str]] = set()
-        for index in range(1, len(places)):
-            known = places[self.rng.randrange(index)]
-            free = [d for d in _DIRECTIONS if (known, d) not in taken]
-            if not free:
-                break
-            direction = self.rng.choice(free)
-            new, back = places[index], _DIRECTIONS[direction]
-            taken |= {(known, direction), (new, back)}
+        cells = {places[0]: (0, 0)}
+        for new in places[1:]:
+            free = [
+                (known, direction, cell)
+                for known, (x, y) in cells.items()
+                for direction, (dx, dy) in _OFFSETS.items()
+                if (cell := (x + dx, y + dy)) not in cells.values()
+            ]
+            known, direction, cells[new] = self.rng.choice(free)
+            back = _OPPOSITES[direction]
             if self.rng.random() < 0.5:
                 theme.statements.append(f"The {new} is {direction} of the {known}.")
             else:
@@ -283,7 +292,7 @@ class _Story:
         person = self.rng.choice(known)
         place = self.rng.choice(self.places)
         if self.rng.random() < 0.5:
-            place = person.place or person.denied or (person.either or ("", ""))[0]
+            place = person.place or person.denied or self.rng.choice(person.either or ("",))
         if person.either is not None and person.place is None:
             answer = "maybe" if place in person.either else "no"
         elif person.place is None:

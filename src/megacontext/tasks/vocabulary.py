@@ -5,6 +5,9 @@ syllables and numbers are random. Every list is split by a checksum of the word:
 training, one tenth is kept for evaluation, the same tenth on every machine.
 """
 
+# Lists of words read and change best as running text.
+# ruff: noqa: SIM905
+
 from __future__ import annotations
 
 import random
@@ -107,6 +110,23 @@ class Vocabulary:
     def words(self, kind: str, count: int) -> list[str]:
         """``count`` different words of a kind."""
         return self.rng.sample(self._lists[kind], count)
+
+    def value(self, kind: str) -> str:
+        """A word for the answer of a question.
+
+        In training two in five are words of another kind or invented ones, so that a model learns
+        to copy whatever stands there rather than to choose from a list.
+        """
+        drawn = self.rng.random()
+        if self.split == "held_out" or drawn < 0.6:
+            return self.word(kind)
+        if drawn < 0.8:
+            return self.word(self.rng.choice(sorted(self._lists))).lower()
+        return self.invented_name().lower()
+
+    def size(self, kind: str) -> int:
+        """How many words of a kind there are."""
+        return len(self._lists[kind])
 
     def invented_name(self) -> str:
         """A capitalised name of two or three random syllables."""

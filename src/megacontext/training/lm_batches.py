@@ -6,19 +6,19 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 import zstandard
-from pydantic import Field
+from pydantic import Field, model_validator
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from megacontext.config import FrozenConfig
 from megacontext.errors import DataError
-from megacontext.tasks.documents import Piece
+from megacontext.tasks.documents import Piece, PieceKind
 from megacontext.tasks.recall_documents import Prose, RecallDocuments
 
 END_OF_TEXT = "<|endoftext|>"
@@ -28,16 +28,22 @@ _ROWS_PER_STEP = 4096
 class MixtureConfig(FrozenConfig):
     """Shares of a training row (they are normalised) and loss weights of its tokens."""
 
-    prose_share: float = Field(default=0.25, ge=0)
-    recall_share: float = Field(default=0.65, ge=0)
-    copy_share: float = Field(default=0.10, ge=0)
-    prose_weight: float = Field(default=1.0, ge=0)
-    statement_weight: float = Field(default=0.2, ge=0)
-    answer_weight: float = Field(default=4.0, gt=0)
+    prose_share: float = Field(default=0.25, ge=0, allow_inf_nan=False)
+    recall_share: float = Field(default=0.65, ge=0, allow_inf_nan=False)
+    copy_share: float = Field(default=0.10, ge=0, allow_inf_nan=False)
+    prose_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    statement_weight: float = Field(default=0.2, ge=0, allow_inf_nan=False)
+    answer_weight: float = Field(default=4.0, gt=0, allow_inf_nan=False)
     statement_share: float = Field(
         default=0.25, gt=0, le=1, description="share of statement tokens that are scored at all"
     )
     shortest_document: int = Field(default=48, ge=16, description="tokens")
+
+    @model_validator(mode="after")
+    def _has_a_share(self) -> Self:
+        if self.prose_share + self.recall_share + self.copy_share == 0:
+            raise ValueError("prose_share, recall_share and copy_share must not all be 0")
+        return self
 
 
 @dataclass(frozen=True)
@@ -57,21 +63,37 @@ def read_documents(paths: Sequence[Path]) -> list[str]:
     """Documents of text files (plain or ``.zst``), split at ``<|endoftext|>``.
 
     Raises:
-        DataError: a file is missing or is not UTF-8 text.
+        DataError: a file is missing, cannot be read or is not UTF-8 text.
     """
     documents: list[str] = []
     for path in paths:
         try:
             raw = path.read_bytes()
             if path.suffix == ".zst":
-                raw = zstandard.ZstdDecompressor().stream_reader(raw).read()
+                raw = _decompressed(raw)
             text = raw.decode("utf-8")
         except FileNotFoundError:
-            raise DataError(f"{path}: no such file; name an existing text file in `corpus`") from None
+            raise DataError(
+                f"{path}: no such file; name an existing text file in `corpus`"
+            ) from None
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
         except (zstandard.ZstdError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: not (compressed) UTF-8 text: {error}") from None
         documents += [part.strip() for part in text.split(END_OF_TEXT) if part.strip()]
     return documents
+
+
+def _decompressed(raw: bytes) -> bytes:
+    """The content of all frames; a frame that ends early is an error, unlike in a stream reader."""
+    parts: list[bytes] = []
+    while raw:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        parts.append(frame.decompress(raw))
+        if not frame.eof:
+            raise zstandard.ZstdError("the compressed data ends early")
+        raw = frame.unused_data
+    return b"".join(parts)
 
 
 class RowSampler:
@@ -82,6 +104,9 @@ class RowSampler:
         prose: training texts.
         mixture: shares and weights.
         seed: seed of the whole run.
+
+    Raises:
+        DataError: the tokenizer has no ``<|endoftext|>``.
     """
 
     def __init__(
@@ -91,7 +116,12 @@ class RowSampler:
         self.prose = prose
         self.mixture = mixture
         self.seed = seed
-        self.end_id: int = tokenizer.token_to_id(END_OF_TEXT)
+        end_id = tokenizer.token_to_id(END_OF_TEXT)
+        if end_id is None:
+            raise DataError(
+                f"the tokenizer has no token {END_OF_TEXT}; train one with this package"
+            )
+        self.end_id = end_id
         self._weights = {
             "prose": mixture.prose_weight,
             "statement": mixture.statement_weight,
@@ -112,9 +142,10 @@ class RowSampler:
         weights: list[float] = []
         while len(ids) < length:
             room = length - len(ids)
-            for text_ids, weight in self.encode(self._document(rng, recall, room)):
+            pieces = self._document(rng, recall, room)
+            for piece, (text_ids, weight) in zip(pieces, self.encode(pieces), strict=True):
                 ids += text_ids
-                weights += self._token_weights(rng, weight, len(text_ids))
+                weights += self._token_weights(rng, piece.kind, weight, len(text_ids))
             ids.append(self.end_id)
             weights.append(self.mixture.statement_weight)
         return (
@@ -128,10 +159,12 @@ class RowSampler:
         for piece, encoding in zip(pieces, encodings, strict=True):
             yield encoding.ids, self._weights[piece.kind]
 
-    def _token_weights(self, rng: random.Random, weight: float, count: int) -> list[float]:
+    def _token_weights(
+        self, rng: random.Random, kind: PieceKind, weight: float, count: int
+    ) -> list[float]:
         """Weights of a piece; statements are scored in a sample, since the output layer is dear."""
         share = self.mixture.statement_share
-        if weight != self.mixture.statement_weight or share == 1.0:
+        if kind not in ("statement", "question") or share == 1.0:
             return [weight] * count
         return [weight / share if rng.random() < share else 0.0 for _ in range(count)]
 
@@ -185,10 +218,14 @@ class _Rows(Dataset[LMBatch]):
         )
 
 
-def batches(
-    plan: Sequence[PlannedStep], *, first: int = 0, workers: int = 1
-) -> Iterator[LMBatch]:
-    """Batches for the steps ``first`` onward of ``plan``."""
+def batches(plan: Sequence[PlannedStep], *, first: int = 0, workers: int = 1) -> Iterator[LMBatch]:
+    """Batches for the steps ``first`` onward of ``plan``.
+
+    Args:
+        plan: what every step of the run is made of.
+        first: the step to begin with; at most ``len(plan)``.
+        workers: processes that build batches ahead; 0 builds them in this one.
+    """
     rows = _Rows(plan, first)
     yield from DataLoader(
         rows, batch_size=None, num_workers=workers, prefetch_factor=8 if workers else None

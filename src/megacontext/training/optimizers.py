@@ -19,12 +19,12 @@ class OptimizerConfig(FrozenConfig):
     ``decay_share`` of all steps (Hägele et al., 2024, arXiv 2405.18392).
     """
 
-    muon_lr: float = Field(default=5e-3, gt=0)
-    adam_lr: float = Field(default=3e-3, gt=0)
-    weight_decay: float = Field(default=0.05, ge=0)
+    muon_lr: float = Field(default=5e-3, gt=0, allow_inf_nan=False)
+    adam_lr: float = Field(default=3e-3, gt=0, allow_inf_nan=False)
+    weight_decay: float = Field(default=0.05, ge=0, allow_inf_nan=False)
     warmup_steps: int = Field(default=50, ge=0)
     decay_share: float = Field(default=0.3, ge=0, le=1)
-    clip_norm: float = Field(default=1.0, gt=0)
+    clip_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 
 
 class HybridOptimizer:
@@ -53,9 +53,7 @@ class HybridOptimizer:
                 weight_decay=config.weight_decay,
                 adjust_lr_fn="match_rms_adamw",
             ),
-            torch.optim.AdamW(
-                groups[1], lr=config.adam_lr, betas=(0.9, 0.98), weight_decay=0.0
-            ),
+            torch.optim.AdamW(groups[1], lr=config.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
         ]
 
     def rate(self, step: int, total: int) -> float:
@@ -90,8 +88,11 @@ class HybridOptimizer:
         for optimizer, names in zip(self.optimizers, self.names, strict=True):
             parameters = optimizer.param_groups[0]["params"]
             for name, parameter in zip(names, parameters, strict=True):
+                # AdamW counts its steps on the CPU, whatever the device.
                 state: dict[str, Any] = {
-                    key.rpartition("|")[2]: value.clone()
+                    key.rpartition("|")[2]: value.to(
+                        parameter.device if value.ndim else "cpu", copy=True
+                    )
                     for key, value in tensors.items()
                     if key.rpartition("|")[0] == name
                 }

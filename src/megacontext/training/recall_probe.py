@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megacontext.training.lm_batches import RowSampler
 from megacontext.tasks.recall_documents import RecallDocuments
+from megacontext.training.lm_batches import RowSampler
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class ProbeReport:
 
     Args:
         exact: by family.
-        first: first-token accuracy by distance bucket (tokens between evidence and answer).
+        first: first-token accuracy by distance bucket (tokens between evidence and answer); the
+            last bucket has no upper bound.
         prose_nll: nats per token of running prose.
         count: number of answers.
     """
@@ -30,14 +31,24 @@ class ProbeReport:
     count: int
 
 
-_BUCKETS = (32, 64, 128, 256, 512, 1024)
+_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048)
+_BEYOND = f">{_BUCKETS[-1]}"
 
 
 @torch.inference_mode()
 def probe_recall(
     model: nn.Module, sampler: RowSampler, *, length: int, rows: int, seed: int = 10**6
 ) -> ProbeReport:
-    """Greedy, teacher-forced accuracy on held-out names in documents of up to ``length`` tokens."""
+    """Greedy, teacher-forced accuracy on held-out names in documents of up to ``length`` tokens.
+
+    Args:
+        model: causal language model; ids go to the device of its parameters.
+        sampler: gives tokenizer and prose.
+        length: longest document.
+        rows: number of documents.
+        seed: picks the documents; the same ones on every call.
+    """
+    device = next(model.parameters()).device
     exact: dict[str, list[bool]] = defaultdict(list)
     first: dict[str, list[bool]] = defaultdict(list)
     prose: list[float] = []
@@ -47,7 +58,7 @@ def probe_recall(
         pieces = documents.draw(rng.randint(length // 3, length))
         encoded = list(sampler.encode(pieces))
         ids = torch.tensor([i for piece_ids, _ in encoded for i in piece_ids][:length])
-        logits: Tensor = model(input_ids=ids[None]).logits[0]
+        logits: Tensor = model(input_ids=ids[None].to(device)).logits[0].cpu()
         right = torch.cat([torch.tensor([False]), logits[:-1].argmax(-1) == ids[1:]])
         nll = nn.functional.cross_entropy(logits[:-1].float(), ids[1:], reduction="none")
         position = 0
@@ -64,12 +75,12 @@ def probe_recall(
                 exact[piece.family].append(bool(right[position:end].all()))
                 if piece.mark in marks:
                     gap = position - marks[piece.mark]
-                    bucket = next((b for b in _BUCKETS if gap <= b), _BUCKETS[-1])
-                    first[f"<={bucket}"].append(bool(right[position]))
+                    bucket = next((f"<={b}" for b in _BUCKETS if gap <= b), _BEYOND)
+                    first[bucket].append(bool(right[position]))
             position = end
     return ProbeReport(
         exact={family: sum(hits) / len(hits) for family, hits in sorted(exact.items())},
-        first={f"<={b}": _mean(first[f"<={b}"]) for b in _BUCKETS if first[f"<={b}"]},
+        first={b: _mean(first[b]) for b in (*(f"<={b}" for b in _BUCKETS), _BEYOND) if first[b]},
         prose_nll=_mean(prose),
         count=sum(len(hits) for hits in exact.values()),
     )

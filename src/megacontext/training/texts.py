@@ -156,15 +156,16 @@ def _characters(path: Path, on_read: OnRead | None) -> Iterator[str]:
 
 def _decompressed(chunks: Iterable[bytes], path: Path) -> Iterator[bytes]:
     frames = zstandard.ZstdDecompressor()
-    frame = frames.decompressobj()
+    frame = None
     for chunk in chunks:
         content = chunk
         while content:
-            if frame.eof:
-                frame = frames.decompressobj()
+            frame = frame or frames.decompressobj()
             yield frame.decompress(content)
-            content = frame.unused_data if frame.eof else b""
-    if not frame.eof:
+            content = frame.unused_data
+            if frame.eof:
+                frame = None
+    if frame is not None:
         raise DataError(f"{path}: the compressed text ends too early; copy the file anew")
 
 

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import random
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
+from megacontext.checkpoints import seeded_init
 from megacontext.config import FrozenConfig
-from megacontext.errors import DataError, TrainingError
+from megacontext.errors import CheckpointError, ConfigError, DataError, TrainingError
+from megacontext.runtime.model_loading import parse_device
+from megacontext.tasks.recall_documents import Prose, RecallDocuments
 from megacontext.training.lm_batches import (
     MixtureConfig,
     PlannedStep,
@@ -28,7 +34,6 @@ from megacontext.training.lm_batches import (
     read_documents,
 )
 from megacontext.training.optimizers import HybridOptimizer, OptimizerConfig
-from megacontext.tasks.recall_documents import Prose, RecallDocuments
 from megacontext.training.recall_probe import probe_recall
 from megacontext.training.tokenizer import as_transformers, train_tokenizer
 
@@ -43,10 +48,18 @@ class ArchitectureConfig(FrozenConfig):
     layers: int = Field(default=6, ge=1)
     heads: int = Field(default=8, ge=1)
     kv_heads: int = Field(default=4, ge=1)
-    head_dim: int = Field(default=32, ge=8)
+    head_dim: int = Field(default=32, ge=8, multiple_of=2)
     intermediate_size: int = Field(default=640, ge=32)
     max_positions: int = Field(default=2048, ge=128)
-    rope_theta: float = Field(default=10_000.0, gt=0)
+    rope_theta: float = Field(default=10_000.0, gt=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})"
+            )
+        return self
 
     def build(self) -> Qwen3ForCausalLM:
         """The model with random weights."""
@@ -99,19 +112,35 @@ class TrainBaseConfig(FrozenConfig):
     probe_rows: int = Field(default=40, ge=1)
     checkpoint_every: int = Field(default=500, ge=1)
 
+    @model_validator(mode="after")
+    def _rows_fit(self) -> Self:
+        longest = max(phase.length for phase in self.phases)
+        if longest > self.architecture.max_positions:
+            raise ValueError(
+                f"a phase has length {longest}, more than architecture.max_positions "
+                f"({self.architecture.max_positions})"
+            )
+        return self
+
 
 class BaseTrainer:
     """Runs, checkpoints and resumes the training of one base model.
+
+    A run that was stopped at any moment and resumed ends, on the CPU, with the very weights of one
+    that was not: rows depend on seed and step alone, and a checkpoint holds all other state.
 
     Args:
         config: the run. What lies in ``config.output`` already is resumed.
 
     Raises:
-        DataError: the corpus cannot be read or is too small.
+        ConfigError: the device does not exist here, or the checkpoint lies behind the last step.
+        DataError: the corpus cannot be read or is too small, or the tokenizer does not fit.
+        CheckpointError: the checkpoint is damaged or of another architecture.
     """
 
     def __init__(self, config: TrainBaseConfig) -> None:
         self.config = config
+        device = parse_device(config.device)
         config.output.mkdir(parents=True, exist_ok=True)
         documents = read_documents(config.corpus)
         if len(documents) < config.held_out_every:
@@ -122,9 +151,10 @@ class BaseTrainer:
         held_out = config.held_out_every
         self.training = Prose([d for i, d in enumerate(documents) if i % held_out])
         self.held_out = Prose(documents[::held_out])
-        torch.manual_seed(config.seed)
         self.tokenizer = self._load_or_train_tokenizer()
-        self.model = config.architecture.build().to(config.device)
+        with seeded_init(config.seed):
+            self.model = config.architecture.build()
+        nn.Module.to(self.model, device)
         self.optimizer = HybridOptimizer(self.model.named_parameters(), config.optimizer)
         self.sampler = RowSampler(self.tokenizer, self.training, config.mixture, config.seed)
         self.probe_sampler = RowSampler(self.tokenizer, self.held_out, config.mixture, config.seed)
@@ -134,18 +164,23 @@ class BaseTrainer:
             for sampler in [self.sampler.with_mixture(phase.mixture or config.mixture)]
             for _ in range(phase.steps)
         ]
-        self.step = self._resume()
+        self.step = 0
+        # Since the last line of the log.
+        self.losses: list[float] = []
+        self._resume()
 
     def run(self) -> Path:
         """Trains to the end and returns the folder of the finished model.
 
         Raises:
-            TrainingError: the loss is no longer finite; the last checkpoint is kept.
+            TrainingError: the training diverged; the last checkpoint is kept.
         """
         config = self.config
-        body: Any = torch.compile(self.model.model) if config.compile else self.model.model
+        body: Any = self.model.model
+        if config.compile:
+            # One kernel a length: with dynamic shapes a resumed run would compile another one.
+            body = torch.compile(body, dynamic=False)
         total = len(self.plan)
-        losses: list[float] = []
         started, tokens = time.monotonic(), 0
         source = batches(self.plan, first=self.step, workers=config.workers)
         with _progress() as progress:
@@ -155,19 +190,16 @@ class BaseTrainer:
                 loss = self._loss(body, batch.ids, batch.weights)
                 loss.backward()
                 norm = self.optimizer.step(rate)
-                losses.append(float(loss.detach()))
+                self.losses.append(float(loss.detach()))
                 tokens += batch.ids.numel()
                 self.step += 1
-                if not _finite(losses[-1]):
-                    raise TrainingError(
-                        f"step {self.step}: the loss is {losses[-1]}; lower `optimizer.muon_lr` and "
-                        f"start again: the last good checkpoint in {config.output} is resumed"
-                    )
+                if not math.isfinite(self.losses[-1]) or not math.isfinite(norm):
+                    raise self._diverged(f"the loss is {self.losses[-1]}, its gradient {norm}")
                 if self.step % config.log_every == 0:
                     speed = tokens / (time.monotonic() - started)
-                    mean = sum(losses) / len(losses)
+                    mean = sum(self.losses) / len(self.losses)
                     self._log({"loss": mean, "norm": norm, "rate": rate, "tokens_per_s": speed})
-                    losses, tokens, started = [], 0, time.monotonic()
+                    self.losses, tokens, started = [], 0, time.monotonic()
                 if self.step % config.probe_every == 0 or self.step == total:
                     self._probe()
                 if self.step % config.checkpoint_every == 0 or self.step == total:
@@ -183,7 +215,8 @@ class BaseTrainer:
         model.generation_config = GenerationConfig(
             do_sample=False, eos_token_id=0, pad_token_id=0, bos_token_id=0
         )
-        model.to(torch.float16).save_pretrained(folder)
+        nn.Module.to(model, torch.float16)
+        model.save_pretrained(folder)
         as_transformers(self.tokenizer, self.config.architecture.max_positions).save_pretrained(
             folder
         )
@@ -198,7 +231,8 @@ class BaseTrainer:
             logits: Tensor = self.model.lm_head(hidden[scored])
         nll = nn.functional.cross_entropy(logits.float(), ids[:, 1:][scored], reduction="none")
         target_weights = weights[:, 1:][scored]
-        return (nll * target_weights).sum() / target_weights.sum()
+        # A batch without a scored token teaches nothing; it must not end the run as 0 / 0.
+        return (nll * target_weights).sum() / target_weights.sum().clamp(min=1e-9)
 
     def _autocast(self) -> AbstractContextManager[object]:
         if not self.config.mixed_precision:
@@ -207,17 +241,25 @@ class BaseTrainer:
 
     def _load_or_train_tokenizer(self) -> Tokenizer:
         path = self.config.output / "tokenizer.json"
+        vocab_size = self.config.architecture.vocab_size
         if not path.exists():
-            import random
-
             rng = random.Random(f"tokenizer/{self.config.seed}")
             recall = RecallDocuments(rng, self.training)
             share = self.config.tokenizer_characters // 100
             texts = [self.training.slice(rng, share) for _ in range(88)]
-            for _ in range(share * 12 // 800):
-                texts.append("".join(piece.text for piece in recall.draw(250)))
-            train_tokenizer(texts, self.config.architecture.vocab_size).save(str(path))
-        return Tokenizer.from_file(str(path))
+            texts += [
+                "".join(piece.text for piece in recall.draw(250)) for _ in range(share * 12 // 800)
+            ]
+            part = path.with_suffix(".part")
+            train_tokenizer(texts, vocab_size).save(str(part))
+            part.replace(path)
+        tokenizer = Tokenizer.from_file(str(path))
+        if tokenizer.get_vocab_size() > vocab_size:
+            raise DataError(
+                f"{path}: has {tokenizer.get_vocab_size()} tokens, `architecture.vocab_size` is "
+                f"{vocab_size}; choose another `output`"
+            )
+        return tokenizer
 
     def _probe(self) -> None:
         self.model.eval()
@@ -236,42 +278,95 @@ class BaseTrainer:
         logger.info("%s", line)
 
     def _checkpoint(self) -> None:
-        """Writes the whole state beside the last one and switches by renaming."""
+        """Writes the whole state beside the last one and switches by renaming.
+
+        Raises:
+            TrainingError: a tensor is no longer finite.
+        """
         tensors = {f"model|{name}": value for name, value in self.model.state_dict().items()}
         tensors.pop("model|lm_head.weight", None)
         tensors |= {f"optim|{name}": t for name, t in self.optimizer.state_tensors().items()}
+        for name, value in tensors.items():
+            if not bool(value.isfinite().all()):
+                raise self._diverged(f"{name.partition('|')[2]} is no longer finite")
         fresh = self.config.output / "checkpoint.tmp"
         save_file(
             {name: value.contiguous() for name, value in tensors.items()},
             fresh,
-            metadata={"step": str(self.step)},
+            metadata={"step": str(self.step), "losses": json.dumps(self.losses)},
         )
         fresh.replace(self.config.output / "checkpoint.safetensors")
 
-    def _resume(self) -> int:
-        path = self.config.output / "checkpoint.safetensors"
-        if not path.exists():
-            return 0
-        from safetensors import safe_open
-
-        with safe_open(path, framework="pt") as file:
-            step = int(file.metadata()["step"])
-        tensors = load_file(path)
-        state = {n.removeprefix("model|"): t for n, t in tensors.items() if n.startswith("model|")}
-        self.model.load_state_dict(state, strict=False)
-        self.optimizer.load_state_tensors(
-            {n.removeprefix("optim|"): t for n, t in tensors.items() if n.startswith("optim|")}
+    def _diverged(self, what: str) -> TrainingError:
+        return TrainingError(
+            f"step {self.step}: {what}; lower `optimizer.muon_lr` and start again: the last good "
+            f"checkpoint in {self.config.output} is resumed"
         )
-        return step
+
+    def _resume(self) -> None:
+        """Takes up the checkpoint, if there is one, and drops what was logged after it."""
+        path = self.config.output / "checkpoint.safetensors"
+        if path.exists():
+            try:
+                with safe_open(path, framework="pt") as file:
+                    metadata: dict[str, str] = file.metadata()
+                    tensors: dict[str, Tensor] = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(
+                    f"{path}: not a whole checkpoint: {error}; delete it to start anew"
+                ) from None
+            self._load(path, tensors)
+            self.step = int(metadata["step"])
+            self.losses = json.loads(metadata.get("losses", "[]"))
+            if self.step > len(self.plan):
+                raise ConfigError(
+                    f"{path}: is at step {self.step}, `phases` have {len(self.plan)} steps; add "
+                    "steps or choose another `output`"
+                )
+        self._trim_log()
+
+    def _load(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        state = _under("model|", tensors)
+        # The output layer is the embedding and is stored once.
+        expected = self.model.state_dict()
+        expected.pop("lm_head.weight", None)
+        for name in sorted(expected.keys() | state.keys()):
+            shapes = [tuple(t[name].shape) if name in t else None for t in (state, expected)]
+            if shapes[0] != shapes[1]:
+                raise CheckpointError(
+                    f"{path}: tensor {name!r} has shape {shapes[0]}, expected {shapes[1]}; keep "
+                    "`architecture` as it was or choose another `output`"
+                )
+        self.model.load_state_dict(state, strict=False)
+        self.optimizer.load_state_tensors(_under("optim|", tensors))
+
+    def _trim_log(self) -> None:
+        path = self.config.output / "log.jsonl"
+        if not path.exists():
+            return
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        # A line without its end was cut off by the interruption.
+        kept = [
+            line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step
+        ]
+        part = path.with_suffix(".part")
+        part.write_text("".join(kept), encoding="utf-8")
+        part.replace(path)
 
 
-def _finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with ``prefix``, without it."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
-        return round(value, 4)
+        # JSON has no NaN: a measure without a sample is null.
+        return round(value, 4) if math.isfinite(value) else None
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     return value

@@ -12,7 +12,7 @@ from megacontext.runtime.text_pieces import text_pieces
 # White space of all kinds, separators that only Python counts as such, marks, and plain text.
 SYMBOLS = ["a", "B", "é", "e\u0301", "你", "7", ".", "!", "'s", " ", "  ", "\t", "\n", "\n\n",
            "\r\n", "\x0b", "\x1c", "\x85", "\u00a0", "\u2028", "\u3000", "\U0001f600"]  # fmt: skip
-TEXTS = st.lists(st.sampled_from(SYMBOLS), max_size=120).map("".join)
+TEXTS = st.lists(st.sampled_from(SYMBOLS), max_size=60).map("".join)
 SIZES = st.integers(1, 12)
 # The way in which Llama 3, Qwen and SmolLM split: line breaks cling to punctuation before them.
 LLAMA = (
@@ -59,7 +59,7 @@ def ids(tokenizer, text):
     return tokenizer.encode(text).ids
 
 
-@given(text=TEXTS | st.text(max_size=200), size=SIZES)
+@given(text=TEXTS | st.text(max_size=80), size=SIZES)
 def test_pieces_together_are_the_text(text, size):
     pieces = list(text_pieces(text, size))
     assert "".join(pieces) == text
@@ -73,7 +73,7 @@ def test_a_stream_is_cut_as_the_whole_text(parts, size):
 
 
 @pytest.mark.parametrize("name", SPLITTERS)
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(text=TEXTS, size=SIZES)
 @example(text="aaaa.\naaaa", size=4)
 @example(text="aaaa!\x1caaa", size=4)

@@ -1,0 +1,131 @@
+"""Focus by a LensNet: untrained, with keys, and with random weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engine_cases import K, config, learned_gistnet, new_engine, words
+from tiny_models import tiny_base_model
+
+from megacontext.lensnet import LensNet, LensNetConfig
+from megacontext.runtime.focus_policies import LexicalPolicy
+from megacontext.runtime.lens_policy import LensPolicy
+
+SECRET = "the zebra sleeps in the blue barn. "
+
+
+@pytest.fixture(scope="module")
+def base():
+    return tiny_base_model(max_positions=256)
+
+
+def make_lens(base, *, seed=None, **changes):
+    lens = LensNet(
+        LensNetConfig(
+            d_model=base.d_model, key_width=16, d_hidden=32, n_layers=1, d_ff=32, **changes
+        )
+    ).eval()
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in lens.parameters():
+            parameter.data.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return lens.requires_grad_(False)
+
+
+def told(engine):
+    engine.ingest(words(12 * K) + SECRET + words(20 * K, seed=1))
+    return engine
+
+
+def ranked(blocks, utility):
+    order = sorted(zip(utility.tolist(), blocks.tolist(), strict=True), reverse=True)
+    return [block for _, block in order]
+
+
+def test_untrained_it_ranks_by_bm25(base, tmp_path):
+    lens = make_lens(base, lexical_prior=1.0)
+    engine = told(new_engine(tmp_path, base))
+    view = engine.focus.view(base.encode("where does the zebra sleep"))
+    scores = LensPolicy(lens).score(view).check(view.context)
+    blocks, points = LexicalPolicy(proposals=16).search(view)
+    assert ranked(scores.proposal_blocks, scores.proposal_utility) == ranked(blocks, points)
+    assert float(scores.proposal_utility.max()) == pytest.approx(1.0)
+    assert not scores.entry_utility.any()
+    assert not scores.expand_utility.any()
+    without = LensPolicy(make_lens(base)).score(view)
+    assert not without.proposal_utility.any(), "without the prior it stays calm"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scores_are_legal(base, seed, tmp_path):
+    lens = make_lens(base, seed=seed)
+    engine = told(new_engine(tmp_path, base, lens=lens))
+    engine.focus.context = engine.context.reveal(3).check(budget=False)
+    view = engine.focus.view(base.encode("zebra"))
+    scores = LensPolicy(lens).score(view).check(view.context)
+    context = view.context
+    raw = context.levels == 0
+    assert scores.expand_utility.any() or scores.entry_utility.any()
+    assert not (scores.expand_utility[raw] != 0).any(), "raw blocks cannot expand"
+    assert bool((scores.expand_utility >= 0).all())
+    in_tail = context.ends > context.tail_start
+    assert not (scores.entry_utility[in_tail] != 0).any(), "the tail stays"
+    entries = context.indices_of(scores.proposal_blocks * K)
+    assert bool((context.levels[entries] > 0).all()), "what is raw is no proposal"
+    assert scores.proposal_blocks.unique().numel() == scores.proposal_blocks.numel()
+
+
+def test_a_raw_block_that_is_proposed_is_kept(base, tmp_path):
+    """Or the next refocus would take back what the last one did."""
+    lens = make_lens(base, lexical_prior=1.0)
+    engine = told(new_engine(tmp_path, base, policy=LensPolicy(lens)))
+    engine.refocus("where does the zebra sleep")
+    raw = {s // K for level, s, _ in engine.context.spans().tolist() if level == 0}
+    assert raw & {12, 13}
+    view = engine.focus.view(base.encode("where does the zebra sleep"))
+    scores = engine.focus.policy.score(view)
+    for block in raw & {12, 13}:
+        assert float(scores.entry_utility[view.context.index_of(block * K)]) > 0
+    for _ in range(4):
+        engine.refocus("where does the zebra sleep")
+    after = {s // K for level, s, _ in engine.context.spans().tolist() if level == 0}
+    assert raw & {12, 13} <= after
+
+
+def test_keys_propose_blocks(base, tmp_path):
+    lens = make_lens(base, seed=1)
+    keyed = told(new_engine(tmp_path, base, lens=lens))
+    plain = told(new_engine(tmp_path, base, name="b"))
+    policy = LensPolicy(lens, proposals=4)
+    query = base.encode("qqqq xxxx")  # no word of the history
+    assert not len(policy.score(plain.focus.view(query)).proposal_blocks)
+    view = keyed.focus.view(query)
+    found = policy.score(view).proposal_blocks.tolist()
+    hidden = base.features(query).float()[None]
+    queries = lens.encode_queries(hidden, torch.ones(1, len(query), dtype=torch.bool))
+    keys = keyed.memory.keys(1, 0, view.n_proposable).float()
+    relevance = (queries[0] @ keys.T).amax(dim=0)
+    assert sorted(found) == sorted(relevance.topk(4).indices.tolist())
+
+
+def test_with_learned_gists_and_through_the_engine(base, tmp_path):
+    lens, net = make_lens(base, seed=2), learned_gistnet(base, slots=2)
+    engine = told(
+        new_engine(
+            tmp_path,
+            base,
+            lens=lens,
+            gistnet=net,
+            policy=LensPolicy(lens),
+            config=config(budget=250),
+        )
+    )
+    assert len(list(engine.generate("zebra? ", max_new_tokens=40, eos_token_id=()))) == 40
+    engine.context.check()
+
+
+def test_no_history(base, tmp_path):
+    lens = make_lens(base, seed=1)
+    engine = new_engine(tmp_path, base, lens=lens, policy=LensPolicy(lens))
+    assert len(list(engine.generate("hello", max_new_tokens=3, remember=False))) == 3
+    engine.refocus()
