@@ -13,7 +13,7 @@ from megacontext.memory import Memory
 from megacontext.runtime.engine import Engine, EngineConfig
 
 K = 32
-_WORDS = ["amber", "birch", "cedar", "delta", "ember", "flint", "grove", "heron", "iris", "jade", "kelp", "lotus", "mango", "north"]
+_WORDS = ("amber", "birch", "cedar", "delta", "ember", "iris", "jade", "kelp", "lotus", "north")
 
 
 def words(n_bytes: int, seed: int = 0) -> str:

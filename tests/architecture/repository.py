@@ -8,7 +8,8 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-NOT_OURS = {".git", ".venv", "__pycache__", "build", "data", "dist", "node_modules", "runs", "site"}
+NOT_OURS = {".git", ".venv", "__pycache__", "node_modules"}
+OUTPUTS = {"build", "data", "dist", "runs", "site"}
 
 
 @cache
@@ -27,6 +28,7 @@ def tracked_files() -> tuple[Path, ...]:
             path.relative_to(ROOT)
             for path in ROOT.rglob("*")
             if not NOT_OURS & set(path.relative_to(ROOT).parts)
+            and path.relative_to(ROOT).parts[0] not in OUTPUTS
             and not any(part.endswith(("_cache", ".egg-info")) for part in path.parts)
         }
     return tuple(sorted(name for name in names if (ROOT / name).is_file()))

@@ -99,7 +99,8 @@ def test_the_same_demo_has_the_same_result(demo, tmp_path, megacontext):
     assert refused.status == 2
 
 
-def test_a_book_of_ones_own(megacontext, tmp_path, book):
+def test_a_book_of_ones_own_on_a_terminal(megacontext, tmp_path, book, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
     file, page = tmp_path / "result.json", tmp_path / "own.html"
     own = ["--set", f"book={book}", *SHORTER[1:]]
     small = ["engine.budget=256", "engine.tail_tokens=64"]
@@ -109,6 +110,7 @@ def test_a_book_of_ones_own(megacontext, tmp_path, book):
     result = json.loads(file.read_text())
     assert result["budget"] == 256
     assert result["answers"]["megacontext"]["asked"] == 1
+    assert "raw tokens" in done.err
     check_page(page.read_text(encoding="utf-8"), frames=4 + 1)
 
 

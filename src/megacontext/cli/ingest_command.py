@@ -94,7 +94,8 @@ def _ingest(engine: Engine, name: str, source: Source, progress: Any) -> dict[st
         chunks = _decoded(iter(lambda: stream.read(_READ_BYTES), b""), "standard input")
     else:
         chunks = _decoded(_file_chunks(Path(name)), name)
-    taken = engine.ingest(chunks, source, lambda count: progress.advance(task, count))
+    # Not Engine.ingest: nothing is going to be read here, so no budget can be too small.
+    taken = engine.ingestor.ingest(chunks, source, lambda count: progress.advance(task, count))
     return {"source": source.uri, "start": taken.start, "tokens": taken.end - taken.start}
 
 

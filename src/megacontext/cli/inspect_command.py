@@ -92,7 +92,8 @@ def _tokenizing_model(arguments: argparse.Namespace, memory: Memory, *, load: bo
 def _print_sources(memory: Memory) -> None:
     table = Table(title=f"{memory.path}: {memory.n_tokens:,} tokens", title_justify="left")
     for column in ("id", "tokens", "source", "author", "tags"):
-        table.add_column(column)
+        # A path is of use in full only.
+        table.add_column(column, overflow="fold")
     for source in memory.sources():
         table.add_row(
             str(source.id),

@@ -7,11 +7,13 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     Progress,
@@ -140,7 +142,7 @@ def hide_loading_bars() -> None:
 
 
 def token_progress() -> Progress:
-    """A progress bar that counts tokens."""
+    """A progress bar that counts tokens; shown on terminals only."""
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -150,4 +152,15 @@ def token_progress() -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
+
+
+@contextmanager
+def live_picture() -> Generator[Callable[[RenderableType], None]]:
+    """Gives a function that shows a picture in place of the one before: on terminals only."""
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    with Live(console=console, refresh_per_second=8, transient=True) as live:
+        yield live.update

@@ -219,7 +219,7 @@ class Demo:
         hints = range(token // size, end // size + 1)
         rivals: dict[str, FocusPolicy] = {
             "recency": RecencyPolicy(),
-            "oracle": OraclePolicy(future, hints),
+            "oracle": OraclePolicy(future, hints, proposals=2),
         }
         answers = {
             "megacontext": self.engine.ask(

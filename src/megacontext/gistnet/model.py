@@ -17,6 +17,10 @@ from megacontext.gistnet.gists import Gists, pool_mean
 from megacontext.gistnet.readers import EmbeddingReader, KVReader
 
 CHUNK_BLOCKS = 64
+# Matrix products of few rows round differently from those of many. With so many blocks per pass at
+# least, a gist does not depend on how many others were made with it, so ingesting a text in pieces
+# gives the gists of the whole text, bit by bit.
+_LEAST_BLOCKS = 8
 
 
 class GistNet(PretrainedModule[GistNetConfig]):
@@ -128,7 +132,10 @@ class GistNet(PretrainedModule[GistNetConfig]):
                 f"context has shape {tuple(context.shape)}, expected [c, {self.config.d_model}]"
             )
         if self.encoder is None or level > 1 or not len(blocks):
-            parts = [self.encode(part, level) for part in blocks.split(chunk_blocks)]
+            parts = [
+                _first(self.encode(self._filled(part), level), len(part))
+                for part in blocks.split(chunk_blocks)
+            ]
         else:
             parts = self._encode_stream(self.encoder, blocks, context, chunk_blocks)
         if len(parts) == 1:
@@ -198,17 +205,25 @@ class GistNet(PretrainedModule[GistNetConfig]):
         context = context[max(0, len(context) - reach) :].to(self._dtype)
         parts: list[Gists] = []
         for part in blocks.split(chunk_blocks):
-            hidden = encoder.embed(part, 1)[None]
+            filled = self._filled(part)
+            hidden = encoder.embed(filled, 1)[None]
             valid = None
             if len(context):
                 before, valid = _block_context(encoder.embed(context, 1)[None], None, size)
                 hidden = torch.cat((before, hidden), dim=1)
                 if valid is not None:
-                    valid = F.pad(valid, (0, 0, 0, len(part) - 1), value=True)
-            parts.append(encoder(hidden, valid, part))
+                    valid = F.pad(valid, (0, 0, 0, len(filled) - 1), value=True)
+            parts.append(_first(encoder(hidden, valid, filled), len(part)))
             context = torch.cat((context, part.flatten(0, 1)))
             context = context[max(0, len(context) - reach) :]
         return parts
+
+    def _filled(self, blocks: Tensor) -> Tensor:
+        """``blocks [n, ...]``, few ones followed by copies of the last, which the others ignore."""
+        missing = _LEAST_BLOCKS - len(blocks)
+        if self.encoder is None or missing <= 0 or not len(blocks):
+            return blocks
+        return torch.cat((blocks, blocks[-1:].expand(missing, *blocks.shape[1:])))
 
     def _check_children(self, children: Tensor, level: int, *, dims: int) -> None:
         config = self.config
@@ -269,6 +284,10 @@ class GistNet(PretrainedModule[GistNetConfig]):
                     f"levels run from {low} to {high}, expected 1 to max_levels "
                     f"({config.max_levels})"
                 )
+
+
+def _first(gists: Gists, count: int) -> Gists:
+    return Gists(gists.vectors[:count], gists.fidelity[:count])
 
 
 def _masked(context: Tensor, mask: Tensor | None) -> Tensor:

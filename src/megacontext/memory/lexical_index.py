@@ -97,8 +97,8 @@ class LexicalIndex:
             into several terms, the rarest of them counts.
         """
         weights: dict[str, float] = {}
-        for word in words:
-            stems = self._split(word)
+        distinct = list(dict.fromkeys(words))
+        for word, stems in zip(distinct, self._stems(distinct), strict=True):
             counts = [min(self._frequency(stem, generation), n_blocks) for stem in stems]
             rarest = min(counts, default=None)
             weights[word] = (
@@ -141,6 +141,23 @@ class LexicalIndex:
             count = int(row[0]) if row is not None else 0
             self._frequencies[stem] = count
         return count
+
+    def _stems(self, words: Sequence[str]) -> list[list[str]]:
+        """The terms that each word falls into, all in one go."""
+        splitter = self._splitter
+        if splitter is None:
+            splitter = self._splitter = _make_splitter()
+        stems: list[list[str]] = [[] for _ in words]
+        rows = [(number, _storable(word)) for number, word in enumerate(words, start=1)]
+        with sqlite_errors(self._path, "search"):
+            splitter.execute("BEGIN")
+            try:
+                splitter.executemany("INSERT INTO stemmed (rowid, text) VALUES (?, ?)", rows)
+                for number, term in splitter.execute("SELECT doc, term FROM stemmed_terms"):
+                    stems[number - 1].append(term)
+            finally:
+                splitter.execute("ROLLBACK")
+        return stems
 
     def _split(self, text: str) -> dict[str, str]:
         """Splits a text exactly as the index does: each stem with a folded word that has it.

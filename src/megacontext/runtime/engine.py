@@ -59,7 +59,7 @@ class EngineConfig(FrozenConfig):
     tail_tokens: int = Field(default=256, ge=0)
     positions: PositionPolicy = "packed"
     query_tokens: int = Field(default=64, ge=1)
-    refocus_rounds: int = Field(default=2, ge=1, le=16)
+    refocus_rounds: int = Field(default=4, ge=1, le=16)
     chunk_tokens: int = Field(default=32_768, ge=32)
     keep_records: int = Field(default=8_192, ge=1)
     allocator: AllocatorConfig = AllocatorConfig()
@@ -97,6 +97,7 @@ class EngineState:
 class _Reading:
     """What the base has read for the answer being written."""
 
+    window: WorkingContext
     context: ContextInput
     cache: ContextCache
     logits: Tensor = field(repr=False)
@@ -305,13 +306,13 @@ class Engine:
                 self._decoded.append(decoded)
                 yield decoded
         finally:
+            n_prompt = len(prompt_ids)
+            self._report_decode(start + n_prompt, len(answer.released) - n_prompt, started)
             # Also where the caller stops listening: what was given out is remembered.
             if remember:
                 self._commit(answer.released[self.memory.n_tokens - start :])
-            else:
+            elif self.context.cursor == start:
                 self.focus.return_to(mark)
-            first = start + len(prompt_ids)
-            self._report_decode(first, start + len(answer.released) - first, started)
 
     def _decode(
         self,
@@ -439,13 +440,20 @@ class Engine:
                 "(remember=True), shorten the prompt, or raise the budget"
             )
         for _ in range(rounds):
-            plan = self.focus.refocus(pending, asking=asking, query=query, reserve=reserve)
+            plan = self.focus.refocus(
+                pending,
+                asking=asking,
+                query=query,
+                reserve=reserve,
+                reason="decode",
+                cached=None if old is None else old.window,
+            )
             if not any(edit.kind == "expand" for edit in plan.edits):
                 break
         new = self.reader.read(self.context, pending, ahead=self.memory.identity.block_size)
         cache = None if old is None else self.base.resume(old.cache, old.context, new)
         read = self.base.prefill(new, cache, keep=1)
-        return _Reading(new, read.cache, read.logits[-1])
+        return _Reading(self.context, new, read.cache, read.logits[-1])
 
     def _step(self, reading: _Reading, token: Tensor) -> Tensor:
         position = reading.cache.positions[-1:] + 1

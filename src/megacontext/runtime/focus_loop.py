@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from megacontext.runtime.focus_policies import FocusPolicy, FocusView
 from megacontext.runtime.focus_scores import AllocatorState, Edit, FocusPlan, FocusScores
 from megacontext.runtime.working_context import WorkingContext
 from megacontext.telemetry import Span, Telemetry
+
+FocusReason = Literal["decode", "stream", "request"]
 
 _TOP_SCORES = 16
 
@@ -130,7 +133,8 @@ class FocusLoop:
         asking: int = 0,
         query: Tensor | None = None,
         reserve: int = 0,
-        reason: str = "decode",
+        reason: FocusReason = "request",
+        cached: WorkingContext | None = None,
     ) -> FocusPlan:
         """One round of scores and edits.
 
@@ -140,7 +144,8 @@ class FocusLoop:
                 pending ones. At most ``query_tokens`` of them ask; without any, history does.
             query: ``[q]`` int64, tokens that ask instead of those.
             reserve: token-equivalents to keep free for pending and coming tokens.
-            reason: why, for telemetry.
+            reason: why, for telemetry; only after ``decode`` the base reads the outcome.
+            cached: the context whose keys and values are known, for telemetry; none if ``None``.
 
         Raises:
             ConfigError: even the coarsest context leaves too little room.
@@ -168,8 +173,7 @@ class FocusLoop:
             cost=plan.context.cost,
         )
         self.records.append(record)
-        # Nothing is read between refocuses that follow no answer.
-        recomputed = self._recomputed(before, pending) if reason == "decode" else 0
+        recomputed = self._recomputed(cached, pending) if reason == "decode" else 0
         self._report(record, plan, recomputed, (scored - started) * 1000, started, reason)
         return plan
 
@@ -209,11 +213,13 @@ class FocusLoop:
         unknown = FocusScores.unknown(len(context))
         return self.allocator.make_room(context, unknown, self.state, reserve)
 
-    def _recomputed(self, before: WorkingContext, pending: Tensor) -> int:
+    def _recomputed(self, cached: WorkingContext | None, pending: Tensor) -> int:
         """Rows that exact KV computes anew: those from the first changed entry on."""
-        context = self.context
-        n = min(len(before), len(context))
-        same = int((before.keys[:n] == context.keys[:n]).cumprod(dim=0).sum())
+        context, same = self.context, 0
+        if cached is not None:
+            n = min(len(cached), len(context))
+            equal = (cached.spans()[:n] == context.spans()[:n]).all(dim=1)
+            same = int(equal.cumprod(dim=0).sum())
         levels, costs = context.levels[same:], context.costs[same:]
         if self.reader.gistnet.config.reader == "kv":
             costs = costs[levels == 0]
@@ -226,7 +232,7 @@ class FocusLoop:
         recomputed: int,
         score_ms: float,
         started: float,
-        reason: str,
+        reason: FocusReason,
     ) -> None:
         if not self.telemetry.enabled:
             return

@@ -31,8 +31,8 @@ class FocusView:
         memory: the whole history.
         base: the frozen base model.
         reader: reads the context as the base would.
-        query: ``[q]`` int64, the newest of all tokens, pending ones included: the end of prompt and
-            answer if there are any, else of history.
+        query: ``[q]`` int64. If the caller gave none, the newest of all tokens, pending ones
+            included: the end of prompt and answer if there are any, else of history.
         pending: ``[p]`` int64, tokens behind the cursor which are not in the memory yet.
     """
 

@@ -16,8 +16,11 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')]*\s+|\n{2,}")
 # Characters per token of generated sentences and of prose, for sizing documents before tokenizing.
 _CHARS_PER_TOKEN = 3.3
 _DENSE_TOKENS = 200
+# Share of stories with a single question, and of noise that is cut into fragments.
+_LONE_QUESTION = 0.4
+_FRAGMENTED = 0.4
 _STORY_WEIGHTS = {
-    "qa1": 4, "qa2": 5, "qa3": 5, "qa4": 3, "qa5": 5, "qa6": 1, "qa7": 1.5, "qa8": 1.5, "qa9": 1,
+    "qa1": 3, "qa2": 6, "qa3": 6, "qa4": 6, "qa5": 5, "qa6": 1, "qa7": 1.5, "qa8": 1.5, "qa9": 1,
     "qa10": 1,
 }  # fmt: skip
 _MOST_SENTENCES = {"qa1": 14, "qa2": 50, "qa3": 90, "qa4": 7}
@@ -36,6 +39,16 @@ class Prose:
         boundary = _SENTENCE_END.search(text, start, start + 400)
         begin = boundary.end() if boundary and start else start
         return text[begin : begin + characters]
+
+    def fragments(self, rng: random.Random, characters: int) -> str:
+        """Short stretches of many places, cut anywhere, as a window tiled from a memory has them."""
+        parts: list[str] = []
+        missing = characters
+        while missing > 0:
+            size = min(missing, rng.randint(60, 240))
+            parts.append(self.slice(rng, size + rng.randint(0, 40))[-size:])
+            missing -= size
+        return "".join(parts)
 
 
 class RecallDocuments:
@@ -63,7 +76,9 @@ class RecallDocuments:
         themes = self._themes(content)
         noise = ""
         if noise_share:
-            noise = self.prose.slice(self.rng, max(80, characters - content))
+            cut = self.rng.random() < _FRAGMENTED
+            draw = self.prose.fragments if cut else self.prose.slice
+            noise = draw(self.rng, max(80, characters - content))
         return self.scatter(themes, noise)
 
     def copy(self, tokens: int) -> list[Piece]:
@@ -112,7 +127,12 @@ class RecallDocuments:
     def _story(self, characters: int) -> Theme:
         kind = self.rng.choices(STORY_KINDS, weights=[_STORY_WEIGHTS[k] for k in STORY_KINDS])[0]
         longest = min(_MOST_SENTENCES.get(kind, 40), max(4, characters // 65))
-        return self.stories.story(kind, self.rng.randint(min(4, longest), longest))
+        theme = self.stories.story(kind, self.rng.randint(min(2, longest), longest))
+        if self.rng.random() < _LONE_QUESTION and theme.questions:
+            # An answer given before can be copied; one question at the end has to be worked out.
+            last = [q for q in theme.questions if q.lasting or q.after == len(theme.statements)]
+            theme.questions[:] = self.rng.sample(last, 1) if last else theme.questions[-1:]
+        return theme
 
     def _mixed_facts(self, characters: int) -> list[Theme]:
         draws = [self.facts.attributes, self.facts.codes, self.facts.hidings]

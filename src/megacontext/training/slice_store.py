@@ -52,8 +52,7 @@ class Column:
 
     def arrow_type(self) -> Any:
         """Nested lists of fixed size, outermost dimension first."""
-        scalar = {"bool": pa.bool_, "float16": pa.float16, "float32": pa.float32}
-        kind = scalar.get(self.dtype, getattr(pa, self.dtype, None))()
+        kind = pa.bool_() if self.dtype == "bool" else getattr(pa, self.dtype)()
         for size in reversed(self.shape):
             kind = pa.list_(kind, size)
         return kind

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from megacontext.evaluation.metrics import Estimate, mean, proportion
 
-# Wilson score intervals (95 %), as R's prop.test(x, n, correct = FALSE) and Newcombe (1998) give them.
+# Wilson score intervals (95 %), as Newcombe (1998) and R's prop.test(correct = FALSE) give them.
 KNOWN = [
     (81, 263, 0.2553, 0.3662),
     (15, 148, 0.0624, 0.1605),

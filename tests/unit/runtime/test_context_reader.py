@@ -25,9 +25,7 @@ def mixed_engine(base, folder, reader, slots, positions):
     settings = config(budget=250, positions=positions)
     engine = new_engine(folder, base, gistnet=net, config=settings)
     engine.ingest(words(K * K * 2 + 3 * K + 5))
-    context = engine.context.reveal(len(engine.context) and 0)
-    collapsed = context.collapse(0)  # the first block again, so that it is a gist between others
-    engine.focus.context = collapsed.reveal(5).check(budget=False)
+    engine.focus.context = engine.context.reveal(5).check()
     return engine
 
 
@@ -54,8 +52,9 @@ def slow_reading(engine, pending, ahead=0):
         with torch.no_grad():
             if net.config.reader == "kv":
                 keys, values = net.read_kv(gist, torch.tensor([level]))
-                for slot in range(slots):
-                    gists.append((position + slot, keys[:, 0, slot], values[:, 0, slot]))
+                gists.extend(
+                    (position + slot, keys[:, 0, slot], values[:, 0, slot]) for slot in range(slots)
+                )
             else:
                 vector = net.read_embeddings(gist, torch.tensor([level]))[0, 0]
                 rows.append((position, vector))

@@ -372,6 +372,33 @@ def test_decode_event(base, tmp_path):
         assert all(event.cost <= event.budget for event in refocuses)
 
 
+def test_an_answer_that_is_not_remembered_leaves_the_focus_as_it_was(base, tmp_path):
+    engine = told(new_engine(tmp_path, base))
+    engine.refocus("amber")
+    before, state = engine.context.spans().tolist(), engine.state()
+    answer(engine, remember=False)
+    assert engine.context.spans().tolist() == before
+    assert engine.state().rounds > state.rounds, "its records stay apart"
+    unheard = engine.generate("so? ", remember=False, eos_token_id=())
+    next(unheard)
+    engine.ingest(words(40))
+    unheard.close()
+    assert engine.context.cursor == engine.memory.n_tokens
+
+
+def test_a_query_of_its_own(base, tmp_path):
+    """What to look for need not be what is asked."""
+    engine = told(new_engine(tmp_path, base))
+    answer(engine, "amber birch? ", query="zebra barn", remember=False)
+    blocks = {block for block, _ in engine.focus.records[-1].proposals}
+    raw = {start // K for level, start, _ in engine.focus.records[-1].spans.tolist() if level == 0}
+    planted = {400 // K, (400 + len(SECRET) - 1) // K}
+    assert planted & (blocks | raw)
+    # The old context again, so that only the prompt asks.
+    answer(engine, "jade? ", remember=False)
+    assert planted - {block for block, _ in engine.focus.records[-1].proposals}
+
+
 # Errors
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from engine_cases import config, words
 from tiny_models import save_tiny_model, tiny_base_model
@@ -88,9 +90,9 @@ def test_checkpoints(model, tmp_path):
         assert engine.focus.policy.lens is session.lens
         engine.ask("amber? ", max_new_tokens=2)
         engine.memory.close()
-    with Session(settings(model)) as session:
-        with pytest.raises(MemoryMismatchError, match="megacontext regist"):
-            session.open(tmp_path / "a.mctx", writable=False)
+    mismatch = pytest.raises(MemoryMismatchError, match="megacontext regist")
+    with Session(settings(model)) as session, mismatch:
+        session.open(tmp_path / "a.mctx", writable=False)
 
 
 def test_what_cannot_be_loaded(model, tmp_path):
@@ -144,7 +146,7 @@ def test_telemetry_of_a_session(model, tmp_path):
             removed, added = event.removed, event.added
             assert (removed[0].start, removed[-1].end) == (added[0].start, added[-1].end)
             for spans in (removed, added):
-                assert all(a.end == b.start for a, b in zip(spans, spans[1:], strict=False))
+                assert all(a.end == b.start for a, b in itertools.pairwise(spans))
             assert (event.cost_change > 0) == (event.action == "expand")
             more = len(added) - len(removed)
             assert more == 0 or (more > 0) == (event.action == "expand")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -42,7 +43,7 @@ def test_facts_are_spread_evenly_and_keep_off_the_end():
         planted, facts = plant(TEXT, theme, random.Random(seed), last_share=0.5)
         shares = [fact.character / len(planted) for fact in facts]
         assert shares[-1] < 0.65
-        assert max(b - a for a, b in zip(shares, shares[1:], strict=False)) < 0.2
+        assert max(b - a for a, b in itertools.pairwise(shares)) < 0.2
 
 
 def test_the_place_depends_on_the_seed_alone():

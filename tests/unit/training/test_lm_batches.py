@@ -198,7 +198,7 @@ def test_a_file_of_several_frames_is_read_to_its_end(tmp_path):
 
 
 def test_a_tokenizer_without_an_end_is_refused():
-    with pytest.raises(DataError, match="no token <|endoftext|>"):
+    with pytest.raises(DataError, match=r"no token <\|endoftext\|>"):
         RowSampler(Tokenizer(models.BPE()), PROSE, PLAIN, 0)
 
 

