@@ -140,7 +140,9 @@ def _print_focus(engine: Engine, index: int) -> None:
     console.print(focus_bar(record.spans, max(1, record.cursor), columns))
     console.print(focus_legend(int(record.spans[:, 0].max())))
     size = engine.memory.identity.block_size
-    for edit in record.edits:
+    # An answer waits for several refocuses, and the last often finds nothing left to do.
+    before = [past for past in engine.focus.records if past.round <= record.round]
+    for edit in (edit for past in before for edit in past.edits):
         text = ""
         if edit.kind == "expand":
             start = edit.steps[-1][1]
@@ -149,4 +151,5 @@ def _print_focus(engine: Engine, index: int) -> None:
             f"{edit.kind} L{edit.level} [{edit.start:,}, {edit.end:,}) {edit.score:+.2f} nats "
             f"({edit.reason}) {text}",
             markup=False,
+            soft_wrap=True,
         )

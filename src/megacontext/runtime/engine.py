@@ -60,7 +60,7 @@ class EngineConfig(FrozenConfig):
     positions: PositionPolicy = "packed"
     query_tokens: int = Field(default=64, ge=1)
     refocus_rounds: int = Field(default=4, ge=1, le=16)
-    chunk_tokens: int = Field(default=32_768, ge=32)
+    chunk_tokens: int = Field(default=16_384, ge=32)
     keep_records: int = Field(default=8_192, ge=1)
     allocator: AllocatorConfig = AllocatorConfig()
 
@@ -344,8 +344,8 @@ class Engine:
 
     def ask(self, prompt: str, **options: Any) -> str:
         """The whole answer of :meth:`generate`, without remembering prompt and answer."""
-        tokens = self.generate(prompt, **{"remember": False, **options})
-        return "".join(token.text for token in tokens)
+        options.setdefault("remember", False)
+        return "".join(token.text for token in self.generate(prompt, **options))
 
     def explain(self, index: int) -> Explanation:
         """Why the entries were in context when the token at ``index`` was decoded.
