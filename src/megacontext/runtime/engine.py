@@ -295,8 +295,8 @@ class Engine:
         # The memory may have grown otherwise: a reader's by refresh(), a writer's by append().
         self.focus.advance(self.memory.n_tokens)
         start = self.memory.n_tokens
-        prompt_ids = self.base.encode(prompt)
-        answer = Answer(self.base, prompt_ids, start, stop)
+        answer = Answer(self.base, self.base.encode(prompt), start, stop)
+        n_prompt = len(answer.said)
         asked = self.base.encode(query) if query else None
         mark = self.focus.mark()
         try:
@@ -306,7 +306,6 @@ class Engine:
                 self._decoded.append(decoded)
                 yield decoded
         finally:
-            n_prompt = len(prompt_ids)
             self._report_decode(start + n_prompt, len(answer.released) - n_prompt, started)
             # Also where the caller stops listening: what was given out is remembered.
             if remember:

@@ -41,7 +41,7 @@ class Prose:
         return text[begin : begin + characters]
 
     def fragments(self, rng: random.Random, characters: int) -> str:
-        """Short stretches of many places, cut anywhere, as a window tiled from a memory has them."""
+        """Short stretches of many places, cut anywhere, as in a window tiled from a memory."""
         parts: list[str] = []
         missing = characters
         while missing > 0:
