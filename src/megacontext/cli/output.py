@@ -163,4 +163,5 @@ def live_picture() -> Generator[Callable[[RenderableType], None]]:
         yield lambda _: None
         return
     with Live(console=console, refresh_per_second=8, transient=True) as live:
-        yield live.update
+        # Drawn at once: a short run would end before the timer's next tick.
+        yield lambda picture: live.update(picture, refresh=True)

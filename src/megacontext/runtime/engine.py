@@ -284,13 +284,7 @@ class Engine:
             ReadOnlyMemoryError: ``remember`` is asked of a memory open for reading.
         """
         sampler = TokenSampler(self.base.generation_config, seed, **sampling)
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is {max_new_tokens}; decode at least one token")
-        if remember and not self.memory.writable:
-            raise ReadOnlyMemoryError(
-                f"{self.memory.path.name}: open for reading only; open it with mode 'a', or pass "
-                "remember=False"
-            )
+        self._check_request(max_new_tokens, remember=remember)
         started = time.perf_counter()
         # The memory may have grown otherwise: a reader's by refresh(), a writer's by append().
         self.focus.advance(self.memory.n_tokens)
@@ -312,6 +306,15 @@ class Engine:
                 self._commit(answer.released[self.memory.n_tokens - start :])
             elif self.context.cursor == start:
                 self.focus.return_to(mark)
+
+    def _check_request(self, max_new_tokens: int, *, remember: bool) -> None:
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {max_new_tokens}; decode at least one token")
+        if remember and not self.memory.writable:
+            raise ReadOnlyMemoryError(
+                f"{self.memory.path.name}: open for reading only; open it with mode 'a', or pass "
+                "remember=False"
+            )
 
     def _decode(
         self,

@@ -44,7 +44,7 @@ def test_a_perfect_model_is_right_everywhere():
     assert set(report.first.values()) == {1.0}
     assert report.prose_nll == pytest.approx(-math.log(0.9), rel=1e-3)
     assert max(model.lengths) <= 240
-    assert min(model.lengths) >= 70
+    assert min(model.lengths) >= 24
 
 
 def test_one_wrong_token_spoils_the_answer_but_not_its_beginning():
