@@ -101,6 +101,7 @@ def test_the_same_demo_has_the_same_result(demo, tmp_path, megacontext):
 
 def test_a_book_of_ones_own_on_a_terminal(megacontext, tmp_path, book, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
     file, page = tmp_path / "result.json", tmp_path / "own.html"
     own = ["--set", f"book={book}", *SHORTER[1:]]
     small = ["engine.budget=256", "engine.tail_tokens=64"]
