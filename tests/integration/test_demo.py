@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from command_line import CommandLine, run_module
 
+from megacontext.cli import output
+
 SHORT = ["--set", "max_characters=20000", "facts=3", "nll_points=4"]
 SHORTER = ["--set", "facts=1", "nll_points=1", "frames=4", "max_new_tokens=2"]
 ARMS = {"megacontext", "window", "recency", "oracle"}
@@ -102,6 +104,9 @@ def test_the_same_demo_has_the_same_result(demo, tmp_path, megacontext):
 def test_a_book_of_ones_own_on_a_terminal(megacontext, tmp_path, book, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(output.console, "is_interactive", True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(output.console, "is_interactive", True)
     file, page = tmp_path / "result.json", tmp_path / "own.html"
     own = ["--set", f"book={book}", *SHORTER[1:]]
     small = ["engine.budget=256", "engine.tail_tokens=64"]

@@ -272,7 +272,8 @@ class Engine:
                 may begin it are held back until that is known. Where it begins within a token,
                 the token stays and only its text is cut.
             query: text to focus for; prompt and answer themselves if empty. Give the bare question
-                where the prompt wraps it in words of its own.
+                where the prompt wraps it in words of its own. Unless remembered, such a question
+                starts from the coarsest context: what was in detail before is not its concern.
             remember: whether prompt and answer become part of the memory. If not, the focus
                 returns to where it stood once the answer is complete.
             seed: of the sampler.
@@ -293,6 +294,8 @@ class Engine:
         n_prompt = len(answer.said)
         asked = self.base.encode(query) if query else None
         mark = self.focus.mark()
+        if query and not remember:
+            self.focus.start_over()
         try:
             for decoded in self._decode(
                 answer, sampler, max_new_tokens, query=asked, remember=remember

@@ -113,13 +113,7 @@ class FocusLoop:
             )
         if cursor - context.cursor > context.budget:
             # Everything raw so far leaves the window anyway: start from the coarsest tiling.
-            context = WorkingContext.initial(
-                cursor,
-                block_size=context.block_size,
-                gist_cost=context.gist_cost,
-                budget=context.budget,
-                tail_tokens=context.tail_tokens,
-            )
+            context = self._coarsest(cursor)
         else:
             context = context.extend(cursor - context.cursor)
         if context.cost > context.budget - reserve:
@@ -181,6 +175,10 @@ class FocusLoop:
         """Where the focus stands, for :meth:`return_to`."""
         return self.context, self.state
 
+    def start_over(self) -> None:
+        """Collapses to the coarsest legal tiling; the records stay."""
+        self.context = self._coarsest(self.context.cursor)
+
     def return_to(self, mark: tuple[WorkingContext, AllocatorState]) -> None:
         """Takes back the edits since a mark; rounds go on counting, so that records stay apart.
 
@@ -208,6 +206,16 @@ class FocusLoop:
             start = max(0, cursor + len(pending) - wanted)
             query = torch.cat((self.memory.tokens(start, cursor).long(), query))
         return FocusView(self.context, self.memory, self.base, self.reader, query, pending)
+
+    def _coarsest(self, cursor: int) -> WorkingContext:
+        context = self.context
+        return WorkingContext.initial(
+            cursor,
+            block_size=context.block_size,
+            gist_cost=context.gist_cost,
+            budget=context.budget,
+            tail_tokens=context.tail_tokens,
+        )
 
     def _make_room(self, context: WorkingContext, reserve: int) -> FocusPlan:
         unknown = FocusScores.unknown(len(context))
