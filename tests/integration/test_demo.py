@@ -105,6 +105,8 @@ def test_a_book_of_ones_own_on_a_terminal(megacontext, tmp_path, book, monkeypat
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(output.console, "is_interactive", True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(output.console, "is_interactive", True)
     file, page = tmp_path / "result.json", tmp_path / "own.html"
     own = ["--set", f"book={book}", *SHORTER[1:]]
     small = ["engine.budget=256", "engine.tail_tokens=64"]

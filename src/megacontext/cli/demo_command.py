@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         demo = Demo(config, base, folder)
         console.print(
             f"[bold]{demo.total_tokens:,}[/] tokens of a book stream through a window of "
-            f"[bold]{config.engine.budget:,}[/]; facts hidden in it: {len(demo.facts)}."
+            f"[bold]{config.engine.budget:,}[/]; {len(demo.facts)} facts are hidden in it."
         )
         result = _stream_and_ask(demo)
         demo.write_playback(arguments.html, result)
