@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacontext.tasks.documents import Question, Theme
 from megacontext.tasks.recall_documents import Prose, RecallDocuments
+from megacontext.tasks.story_world import STORY_KINDS
 
 SEEDS = st.integers(0, 2**32 - 1)
 NOISE = st.lists(
@@ -38,8 +40,8 @@ def themes(draw):
     return drawn
 
 
-def documents(seed=0, texts=("A text.",), split="train"):
-    return RecallDocuments(random.Random(seed), Prose(texts), split)
+def documents(seed=0, texts=("A text.",), split="train", **shares):
+    return RecallDocuments(random.Random(seed), Prose(texts), split, **shares)
 
 
 def asked_at(pieces, question):
@@ -111,3 +113,28 @@ def test_prose_begins_with_a_sentence_where_it_can(seed, characters, sentences):
     assert 0 < len(part) <= characters
     assert part in text
     assert part.startswith("Sentence"[: len(part)])
+
+
+@pytest.mark.parametrize(
+    ("share", "low", "high"), [(0.0, 0.0, 0.0), (0.5, 0.35, 0.65), (1.0, 1, 1)]
+)
+def test_so_many_documents_tell_a_story(share, low, high):
+    drawn = [documents(seed, ["It was night. "] * 9, story_share=share) for seed in range(150)]
+    stories = 0
+    for document in drawn:
+        pieces = document.draw(200)
+        families = {piece.family for piece in pieces if piece.kind == "answer"}
+        # A story in which nothing could be asked has statements only.
+        stories += all(family in STORY_KINDS for family in families)
+    assert low <= stories / len(drawn) <= high
+
+
+def test_documents_of_facts_have_every_kind_of_question():
+    families = {
+        piece.family
+        for seed in range(200)
+        for piece in documents(seed, story_share=0.0).draw(300)
+        if piece.kind == "answer"
+    }
+    assert {"attribute", "code", "codes", "hiding", "synonym", "unknown", "correction"} < families
+    assert families.isdisjoint(STORY_KINDS)

@@ -34,6 +34,11 @@ HIDING_ASKS = (
     "Where is the (.+?)(?: hidden)??",
     "Where can one find the (.+)?",
 )
+SEVERAL_ASKS = (
+    r"What are all the special magic numbers for (.+) mentioned in the text\?",
+    r"Which numbers does the (.+) have\?",
+    r"What are all the codes of the (.+)\?",
+)
 PERSON_ASKS = tuple(
     question.replace("{n}", "(.+)") for attribute in ATTRIBUTES for question in attribute.questions
 )
@@ -140,6 +145,44 @@ def test_themes_are_functions_of_their_seed_and_differ(kind):
     assert theme_of(5, kind, 6) == theme_of(5, kind, 6)
     drawn = [tuple(theme_of(seed, kind, 6).statements) for seed in range(30)]
     assert len(set(drawn)) == 30
+
+
+@settings(max_examples=60)
+@given(seed=SEEDS, count=COUNTS, split=SPLITS)
+def test_several_codes_are_asked_for_together_in_the_order_they_were_told(seed, count, split):
+    theme = FactThemes(random.Random(seed), split).several_codes(count)
+    assert 1 <= len(theme.statements) <= count
+    told = 0
+    for question in theme.questions:
+        subject = next(
+            match.group(1)
+            for pattern in SEVERAL_ASKS
+            if (match := re.fullmatch(pattern, question.text))
+        )
+        about = [i for i, text in enumerate(theme.statements, 1) if mentions(text, subject)]
+        numbers = [re.search(r"\b\d{3,7}\b", theme.statements[i - 1]).group() for i in about]
+        assert question.answer == ", ".join(numbers)
+        assert 1 <= len(numbers) <= 4
+        assert (question.after, question.family, question.lasting) == (about[-1], "codes", True)
+        told += len(about)
+    # Nothing is told that is not asked for.
+    assert told == len(theme.statements)
+
+
+def test_things_have_one_to_four_codes():
+    counts = Counter(
+        question.answer.count(",") + 1
+        for seed in range(40)
+        for question in FactThemes(random.Random(seed)).several_codes(12).questions
+    )
+    assert set(counts) == {1, 2, 3, 4}
+
+
+def test_places_are_asked_in_vain_as_often_as_said():
+    themes = [theme_of(seed, "hidings", 3) for seed in range(300)]
+    in_vain = [sum(q.family == "unknown" for q in theme.questions) for theme in themes]
+    assert set(in_vain) == {0, 1}
+    assert sum(in_vain) / 300 == pytest.approx(0.2, abs=0.07)
 
 
 def test_copies_repeat_the_list():

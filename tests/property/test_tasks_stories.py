@@ -13,10 +13,12 @@ from megacontext.tasks.story_world import STORY_KINDS, StoryWorld
 
 SEEDS = st.integers(0, 2**32 - 1)
 SPLITS = st.sampled_from(["train", "held_out"])
+# Stories of many facts are also asked about the steps on the way.
+SIDE_KINDS = {"qa2": ("qa1", "qa3"), "qa3": ("qa1", "qa2"), "qa5": ("qa1",)}
 
 
-def tell(seed, kind, sentences, split="train", babi_share=0.5):
-    return StoryWorld(random.Random(seed), split, babi_share).story(kind, sentences)
+def tell(seed, kind, sentences, split="train", babi_share=0.5, at_end=0):
+    return StoryWorld(random.Random(seed), split, babi_share).story(kind, sentences, at_end)
 
 
 @pytest.mark.parametrize("kind", STORY_KINDS)
@@ -71,4 +73,32 @@ def test_all_kinds_ask_and_vary(kind):
     assert len({tuple(story.statements) for story in stories}) == 20
     answers = {question.answer for story in stories for question in story.questions}
     assert len(answers) >= {"qa6": 2, "qa9": 2, "qa10": 3}.get(kind, 4)
-    assert {question.family for story in stories for question in story.questions} == {kind}
+    families = {question.family for story in stories for question in story.questions}
+    assert families == {kind, *SIDE_KINDS.get(kind, ())}
+
+
+@pytest.mark.parametrize("kind", STORY_KINDS)
+@settings(max_examples=15)
+@given(seed=SEEDS, sentences=st.integers(2, 30), at_end=st.integers(1, 8), split=SPLITS)
+def test_a_story_told_to_the_end_is_asked_different_questions(kind, seed, sentences, at_end, split):
+    theme = tell(seed, kind, sentences, split, at_end=at_end)
+    asked = [question.text for question in theme.questions]
+    assert len(set(asked)) == len(asked) <= at_end
+    for question in theme.questions:
+        # Directions never change, so they may be asked at any time.
+        assert question.lasting if kind == "qa4" else question.after == len(theme.statements)
+        assert allowed_answers(theme.statements, question.text) == {question.answer}
+
+
+@pytest.mark.parametrize("kind", STORY_KINDS)
+def test_a_long_story_has_as_many_questions_as_asked_for(kind):
+    counts = [len(tell(seed, kind, 40, at_end=2).questions) for seed in range(20)]
+    assert max(counts) == 2
+    assert sum(count == 2 for count in counts) >= 15
+
+
+@pytest.mark.parametrize("kind", [*SIDE_KINDS])
+def test_side_questions_are_the_smaller_part(kind):
+    families = [q.family for seed in range(60) for q in tell(seed, kind, 20).questions]
+    side = sum(family != kind for family in families) / len(families)
+    assert 0.1 < side < 0.5

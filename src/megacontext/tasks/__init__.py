@@ -5,6 +5,7 @@ from megacontext.tasks.fact_themes import FactThemes
 from megacontext.tasks.planting import PlantedFact, plant
 from megacontext.tasks.recall_documents import Prose, RecallDocuments
 from megacontext.tasks.story_world import STORY_KINDS, StoryWorld
+from megacontext.tasks.synonym_themes import SynonymThemes
 from megacontext.tasks.vocabulary import Split, Vocabulary
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "RecallDocuments",
     "Split",
     "StoryWorld",
+    "SynonymThemes",
     "Theme",
     "Vocabulary",
     "plant",

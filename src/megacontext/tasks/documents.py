@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+# Relation, entity and value: what holds in a simulated world right after a statement,
+# though the statement does not say it.
+WorldFact = tuple[str, str, str]
+RELATIONS = ("where", "before", "from", "holder", "carries", "giver", "taker", "gave", "received")
+
 PieceKind = Literal["prose", "statement", "question", "answer", "copy"]
 
 QUESTION_TEMPLATE = "\nQuestion: {question}\nAnswer:"
@@ -20,12 +25,15 @@ class Piece:
         family: of an answer, the kind of question.
         mark: of a statement, its number in the document; of an answer, that of the newest statement
             it needs; -1 where there is none.
+        facts: of a statement in a story, what holds after it of those it names; of a question,
+            what has to be found out on the way.
     """
 
     text: str
     kind: PieceKind
     family: str = ""
     mark: int = -1
+    facts: tuple[WorldFact, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,7 @@ class Question:
         after: how many statements of the theme must have been read before.
         family: the kind of question, for reports.
         lasting: whether the answer stays right whatever the theme says later.
+        facts: what has to be found out on the way to the answer.
     """
 
     text: str
@@ -45,18 +54,27 @@ class Question:
     after: int
     family: str
     lasting: bool = True
+    facts: tuple[WorldFact, ...] = ()
 
     def pieces(self, mark: int = -1) -> list[Piece]:
         """The question as the model reads it and the answer as it shall write it."""
         return [
-            Piece(QUESTION_TEMPLATE.format(question=self.text), "question"),
+            Piece(QUESTION_TEMPLATE.format(question=self.text), "question", facts=self.facts),
             Piece(f" {self.answer}\n", "answer", self.family, mark),
         ]
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Statements that belong together, in order, and the questions they allow."""
+    """Statements that belong together, in order, and the questions they allow.
+
+    Args:
+        statements: the sentences.
+        questions: what can be asked about them.
+        facts: after each statement, what holds in the story's world of those it names and is not
+            said in it; empty where there is no world.
+    """
 
     statements: list[str]
     questions: list[Question] = field(default_factory=list)
+    facts: list[tuple[WorldFact, ...]] = field(default_factory=list)

@@ -92,6 +92,11 @@ _CODE_CORRECTIONS = (
     "Correction: the code of the {k} is {v}.",
     "The number of the {k} has changed to {v}.",
 )
+_SEVERAL_QUESTIONS = (
+    "What are all the special magic numbers for {k} mentioned in the text?",
+    "Which numbers does the {k} have?",
+    "What are all the codes of the {k}?",
+)
 _HIDING_STATEMENTS = (
     "The {k} is hidden in the {v}.",
     "Somebody has put the {k} into the {v}.",
@@ -146,6 +151,28 @@ class FactThemes:
             questions.append(Question(asked, UNKNOWN, 0, "unknown"))
         return Theme(statements, questions)
 
+    def several_codes(self, count: int) -> Theme:
+        """About ``count`` statements: labelled things with one to four numbers each.
+
+        A question asks for all numbers of a thing, in the order in which they were stated.
+        """
+        statements: list[str] = []
+        last: dict[str, tuple[int, list[str]]] = {}
+        labels = self._labels(max(1, count // 3))
+        for _ in range(count):
+            label = self.rng.choice(labels)
+            values = last.get(label, (0, []))[1]
+            if len(values) == 4:
+                continue
+            value = self._value(f"digits{self.rng.randint(3, 7)}")
+            statements.append(self.rng.choice(_CODE_STATEMENTS).format(k=label, v=value))
+            last[label] = len(statements), [*values, value]
+        questions: list[Question] = []
+        for label, (after, values) in last.items():
+            asked = self.rng.choice(_SEVERAL_QUESTIONS).format(k=label)
+            questions.append(Question(asked, ", ".join(values), after, "codes"))
+        return Theme(statements, questions)
+
     def plain(self, count: int) -> Theme:
         """``count`` facts of mixed kinds, none corrected: question i is about statement i.
 
@@ -180,6 +207,10 @@ class FactThemes:
                 statements, questions, label, "place", "hiding",
                 _HIDING_STATEMENTS, _HIDING_QUESTIONS, _HIDING_CORRECTIONS,
             )  # fmt: skip
+        if self.rng.random() < 0.2:
+            label = f"{self.vocabulary.word('adjective')} {self.vocabulary.invented_name()}"
+            asked = self.rng.choice(_HIDING_QUESTIONS).format(k=label)
+            questions.append(Question(asked, UNKNOWN, 0, "unknown"))
         return Theme(statements, questions)
 
     def key_list(self, count: int, length: int = 6) -> Theme:

@@ -10,20 +10,25 @@ from dataclasses import dataclass, replace
 from megacontext.tasks.documents import Piece, Theme
 from megacontext.tasks.fact_themes import FactThemes
 from megacontext.tasks.story_world import STORY_KINDS, StoryWorld
+from megacontext.tasks.synonym_themes import SynonymThemes
 from megacontext.tasks.vocabulary import Split
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')]*\s+|\n{2,}")
 # Characters per token of generated sentences and of prose, for sizing documents before tokenizing.
 _CHARS_PER_TOKEN = 3.3
 _DENSE_TOKENS = 200
-# Share of stories with a single question, and of noise that is cut into fragments.
-_LONE_QUESTION = 0.4
+# Shares of stories told to the end before the first question, of those that then have one only,
+# and of noise that is cut into fragments.
+_TOLD_FIRST = 0.8
+_LONE_QUESTION = 0.15
 _FRAGMENTED = 0.4
 _STORY_WEIGHTS = {
-    "qa1": 3, "qa2": 6, "qa3": 6, "qa4": 6, "qa5": 5, "qa6": 1, "qa7": 1.5, "qa8": 1.5, "qa9": 1,
-    "qa10": 1,
+    "qa1": 1.5, "qa2": 6, "qa3": 7, "qa4": 8, "qa5": 5, "qa6": 0.7, "qa7": 0.7, "qa8": 0.7,
+    "qa9": 0.7, "qa10": 0.7,
 }  # fmt: skip
-_MOST_SENTENCES = {"qa1": 14, "qa2": 50, "qa3": 90, "qa4": 7}
+_MOST_SENTENCES = {"qa1": 14, "qa2": 50, "qa3": 110, "qa4": 7}
+# Characters of a story's sentence, alone and with its share of the questions asked on the way.
+_SENTENCE, _SENTENCE_ASKED = 32, 65
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,22 @@ class RecallDocuments:
         rng: the only source of randomness.
         prose: noise to scatter the statements in.
         split: which part of the vocabulary to use.
+        story_share: share of documents that tell a story of a simulated world; the others state
+            facts.
     """
 
-    def __init__(self, rng: random.Random, prose: Prose, split: Split = "train") -> None:
+    def __init__(
+        self,
+        rng: random.Random,
+        prose: Prose,
+        split: Split = "train",
+        story_share: float = 0.45,
+    ) -> None:
         self.rng = rng
+        self.story_share = story_share
         self.prose = prose
         self.facts = FactThemes(rng, split)
+        self.synonyms = SynonymThemes(rng, split)
         self.stories = StoryWorld(rng, split)
 
     def draw(self, tokens: int) -> list[Piece]:
@@ -95,8 +110,10 @@ class RecallDocuments:
             end = self.rng.uniform(max(start, 0.5), 0.97)
             times = sorted(self.rng.uniform(start, end) for _ in theme.statements)
             base = order
-            for time, statement in zip(times, theme.statements, strict=True):
-                timeline.append((time, order, [Piece(statement, "statement", mark=order)]))
+            facts = theme.facts or [()] * len(times)
+            for time, statement, known in zip(times, theme.statements, facts, strict=True):
+                piece = Piece(statement, "statement", mark=order, facts=known)
+                timeline.append((time, order, [piece]))
                 order += 1
             for question in theme.questions:
                 earliest = times[question.after - 1] if question.after else 0.0
@@ -115,28 +132,32 @@ class RecallDocuments:
 
     def _themes(self, characters: int) -> list[Theme]:
         drawn = self.rng.random()
-        if drawn < 0.45:
+        if drawn < self.story_share:
             return [self._story(characters)]
-        if drawn < 0.85:
+        drawn = (drawn - self.story_share) / (1 - self.story_share)
+        if drawn < 0.75:
             return self._mixed_facts(characters)
-        if drawn < 0.93:
+        if drawn < 0.88:
             count = max(3, min(40, characters // 60))
             return [self.facts.key_list(count, self.rng.choice((3, 4, 5, 6, 6, 6)))]
         return [self.facts.variables(max(2, min(12, characters // 120)), self.rng.randint(1, 4))]
 
     def _story(self, characters: int) -> Theme:
         kind = self.rng.choices(STORY_KINDS, weights=[_STORY_WEIGHTS[k] for k in STORY_KINDS])[0]
-        longest = min(_MOST_SENTENCES.get(kind, 40), max(4, characters // 65))
-        theme = self.stories.story(kind, self.rng.randint(min(2, longest), longest))
-        if self.rng.random() < _LONE_QUESTION and theme.questions:
-            # An answer given before can be copied; one question at the end has to be worked out.
-            last = [q for q in theme.questions if q.lasting or q.after == len(theme.statements)]
-            theme.questions[:] = self.rng.sample(last, 1) if last else theme.questions[-1:]
-        return theme
+        at_end = 0
+        if self.rng.random() < _TOLD_FIRST:
+            at_end = 1 if self.rng.random() < _LONE_QUESTION else self.rng.randint(3, 8)
+        room = (characters - 50 * at_end) // (_SENTENCE if at_end else _SENTENCE_ASKED)
+        longest = min(_MOST_SENTENCES.get(kind, 40), max(4, room))
+        shortest = 2 if self.rng.random() < 0.5 else max(2, longest // 2)
+        return self.stories.story(kind, self.rng.randint(shortest, longest), at_end)
 
     def _mixed_facts(self, characters: int) -> list[Theme]:
-        draws = [self.facts.attributes, self.facts.codes, self.facts.hidings]
-        chosen = self.rng.sample(draws, self.rng.randint(1, 3))
+        draws = [
+            self.facts.attributes, self.facts.codes, self.facts.hidings, self.synonyms.theme,
+            self.facts.several_codes,
+        ]  # fmt: skip
+        chosen = self.rng.choices(draws, (3, 3, 3, 4, 1), k=self.rng.randint(1, 3))
         count = max(2, characters // (100 * len(chosen)))
         return [draw(self.rng.randint(max(1, count // 2), min(count, 24))) for draw in chosen]
 

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from megacontext.tasks.documents import Question, Theme
+from megacontext.tasks.documents import Question, Theme, WorldFact
 from megacontext.tasks.vocabulary import Split, Vocabulary
 
 _BABI_PEOPLE: tuple[str, ...] = (
@@ -37,6 +37,14 @@ _OPPOSITES = {"north": "south", "south": "north", "east": "west", "west": "east"
 _OFFSETS = {"north": (0, 1), "south": (0, -1), "east": (1, 0), "west": (-1, 0)}
 _NUMBERS = ("none", "one", "two", "three", "four", "five", "six")
 
+# What a story of many facts is also asked about: the steps on the way to its own questions.
+_SIDE_QUESTION = 0.3
+# Share of places put across from a neighbour, and of questions about a place with two neighbours.
+_HARD_SIDES = 0.6
+# Against one question in the words of a sentence, how rare one is that turns the direction round.
+_TURNED = 2.5
+_SIDE_KINDS = {"qa2": ("qa1", "qa3"), "qa3": ("qa1", "qa2"), "qa5": ("qa1",)}
+
 STORY_KINDS = ("qa1", "qa2", "qa3", "qa4", "qa5", "qa6", "qa7", "qa8", "qa9", "qa10")
 
 
@@ -44,6 +52,7 @@ STORY_KINDS = ("qa1", "qa2", "qa3", "qa4", "qa5", "qa6", "qa7", "qa8", "qa9", "q
 class _Person:
     name: str
     place: str | None = None
+    came_from: str | None = None
     denied: str | None = None
     either: tuple[str, str] | None = None
     holds: list[str] = field(default_factory=list)
@@ -54,6 +63,14 @@ class _Gift:
     giver: str
     thing: str
     taker: str
+
+
+def _told_by(gift: _Gift) -> set[tuple[str, str]]:
+    """Relations and entities whose newest value a gift sets."""
+    return {
+        ("giver", gift.thing), ("taker", gift.thing), ("gave", gift.giver),
+        ("received", gift.taker),
+    }  # fmt: skip
 
 
 class StoryWorld:
@@ -70,13 +87,21 @@ class StoryWorld:
         self.vocabulary = Vocabulary(rng, split)
         self.babi_share = babi_share
 
-    def story(self, kind: str, sentences: int) -> Theme:
-        """A story of about ``sentences`` sentences with a question after most of them."""
-        if kind == "qa4":
-            return self._directions(max(2, min(sentences, 7)))
-        return _Story(self.rng, *self._cast(kind), kind).tell(sentences)
+    def story(self, kind: str, sentences: int, at_end: int = 0) -> Theme:
+        """A story of about ``sentences`` sentences with its questions.
 
-    def _cast(self, kind: str) -> tuple[list[str], list[str], list[str]]:
+        Args:
+            kind: one of :data:`STORY_KINDS`.
+            sentences: how many sentences; of ``qa4`` at least 2 and at most 7.
+            at_end: ask up to this many different questions after the last sentence; 0 asks one
+                after every other sentence instead.
+        """
+        if kind == "qa4":
+            return self._directions(max(2, min(sentences, 7)), at_end)
+        story = _Story(self.rng, *self._cast(), kind)
+        return story.tell_first(sentences, at_end) if at_end else story.tell(sentences)
+
+    def _cast(self) -> tuple[list[str], list[str], list[str]]:
         count = self.rng.randint(2, 4)
         if self.rng.random() < self.babi_share:
             people = self.rng.sample(_BABI_PEOPLE, 4) if count != 3 else list(_BABI_PEOPLE[:4])
@@ -87,7 +112,7 @@ class StoryWorld:
             self.vocabulary.words("thing", 3),
         )
 
-    def _directions(self, sentences: int) -> Theme:
+    def _directions(self, sentences: int, at_end: int) -> Theme:
         """Places on a grid, one a cell; each sentence relates a new place to one named before."""
         places = (
             self.rng.sample(_BABI_PLACES[:6], min(6, sentences + 1))
@@ -96,29 +121,57 @@ class StoryWorld:
         )
         theme = Theme([])
         cells = {places[0]: (0, 0)}
-        for new in places[1:]:
-            free = [
-                (known, direction, cell)
-                for known, (x, y) in cells.items()
-                for direction, (dx, dy) in _OFFSETS.items()
-                if (cell := (x + dx, y + dy)) not in cells.values()
-            ]
-            known, direction, cells[new] = self.rng.choice(free)
-            back = _OPPOSITES[direction]
+        related: list[str] = []
+        about: list[str] = []
+        plain: list[bool] = []
+        for place in places[1:]:
+            known, direction = self._free_side(cells)
+            (x, y), (dx, dy) = cells[known], _OFFSETS[direction]
+            cells[place] = (x + dx, y + dy)
+            new = place
+            related += [known, new]
             if self.rng.random() < 0.5:
-                theme.statements.append(f"The {new} is {direction} of the {known}.")
-            else:
-                theme.statements.append(f"The {known} is {back} of the {new}.")
-            after = len(theme.statements)
+                known, new, direction = new, known, _OPPOSITES[direction]
+            back = _OPPOSITES[direction]
+            theme.statements.append(f"The {new} is {direction} of the {known}.")
+            after = len(places) - 1 if at_end else len(theme.statements)
             asked = [
-                (f"What is {direction} of the {known}?", new),
-                (f"What is {back} of the {new}?", known),
-                (f"What is the {new} {direction} of?", known),
-                (f"What is the {known} {back} of?", new),
+                Question(f"What is {direction} of the {known}?", new, after, "qa4"),
+                Question(f"What is the {new} {direction} of?", known, after, "qa4"),
+                Question(f"What is {back} of the {new}?", known, after, "qa4"),
+                Question(f"What is the {known} {back} of?", new, after, "qa4"),
             ]
-            for text, answer in self.rng.sample(asked, 2):
-                theme.questions.append(Question(text, answer, after, "qa4"))
+            about += [known, new, new, known]
+            plain += [True, True, False, False]
+            theme.questions.extend(asked if at_end else self.rng.sample(asked, 2))
+        if at_end:
+            # Of a place with two neighbours the direction has to be understood.
+            chosen = list(range(len(plain)))
+            hard = [i for i in chosen if related.count(about[i]) > 1]
+            if hard and self.rng.random() < _HARD_SIDES:
+                chosen = hard
+            # Drawn by weight without replacement. Whether a sentence answers is the parity of three
+            # things (which place it names first, its direction, the form of the question); without
+            # a bias no single one of them would tell anything, and learning would not begin.
+            keys = {i: self.rng.random() ** (1.0 if plain[i] else _TURNED) for i in chosen}
+            chosen.sort(key=keys.__getitem__, reverse=True)
+            theme.questions[:] = [theme.questions[i] for i in chosen[: min(at_end, 3)]]
         return theme
+
+    def _free_side(self, cells: dict[str, tuple[int, int]]) -> tuple[str, str]:
+        """A place and a free side of it, often the one across from a neighbour."""
+        free = [
+            (known, direction)
+            for known, (x, y) in cells.items()
+            for direction, (dx, dy) in _OFFSETS.items()
+            if (x + dx, y + dy) not in cells.values()
+        ]
+        across: list[tuple[str, str]] = []
+        for known, direction in free:
+            (x, y), (dx, dy) = cells[known], _OFFSETS[direction]
+            if (x - dx, y - dy) in cells.values():
+                across.append((known, direction))
+        return self.rng.choice(across if across and self.rng.random() < _HARD_SIDES else free)
 
 
 class _Story:
@@ -134,24 +187,75 @@ class _Story:
         self.things = things
         self.thing_places: dict[str, list[str]] = {thing: [] for thing in things}
         self.owner: dict[str, str] = {}
+        # Who touched a thing last.
+        self.handler: dict[str, str] = {}
         self.gifts: list[_Gift] = []
         self.theme = Theme([])
 
     def tell(self, sentences: int) -> Theme:
+        """The story with questions on the way."""
+        while len(self.theme.statements) < sentences:
+            self._event()
+            self.theme.facts.append(self._facts())
+            if self.rng.random() < 0.5:
+                self._ask()
+        return self.theme
+
+    def tell_first(self, sentences: int, questions: int) -> Theme:
+        """The whole story, then up to ``questions`` different questions.
+
+        An answer given on the way can be copied later; these have to be worked out.
+        """
+        while len(self.theme.statements) < sentences:
+            self._event()
+            self.theme.facts.append(self._facts())
+        for _ in range(3 * questions):
+            if len(self.theme.questions) == questions:
+                break
+            self._ask()
+        return self.theme
+
+    def _facts(self) -> tuple[WorldFact, ...]:
+        """What holds now of those in the newest sentence, but is not said in it."""
+        facts = [("where", p.name, p.place) for p in self.people.values() if p.place is not None]
+        facts += [("from", p.name, p.came_from) for p in self.people.values() if p.came_from]
+        facts += [("holder", thing, owner) for thing, owner in self.owner.items()]
+        facts += [("carries", owner, thing) for thing, owner in self.owner.items()]
+        for gift in self.gifts:
+            facts = [f for f in facts if f[:2] not in _told_by(gift)]
+            facts += [
+                ("giver", gift.thing, gift.giver), ("taker", gift.thing, gift.taker),
+                ("gave", gift.giver, gift.thing), ("received", gift.taker, gift.thing),
+            ]  # fmt: skip
+        if self.kind in ("qa2", "qa3"):
+            for thing, trail in self.thing_places.items():
+                facts += [("where", thing, trail[-1])] if trail else []
+                facts += [("before", thing, trail[-2])] if len(trail) > 1 else []
+        said = self.theme.statements[-1]
+        return tuple(fact for fact in facts if fact[1] in said and fact[2] not in said)
+
+    def _ask(self) -> None:
+        """Asks once, unless there is nothing to ask or this was asked here before."""
         asks: dict[str, Callable[[], tuple[str, str] | None]] = {
             "qa1": self._ask_place, "qa2": self._ask_thing, "qa3": self._ask_before,
             "qa5": self._ask_gift, "qa6": self._ask_is_in, "qa7": self._ask_count,
             "qa8": self._ask_list, "qa9": self._ask_is_in, "qa10": self._ask_is_in,
         }  # fmt: skip
-        while len(self.theme.statements) < sentences:
-            self._event()
-            if self.rng.random() < 0.5:
-                asked = asks[self.kind]()
-                if asked is not None:
-                    self.theme.questions.append(
-                        Question(*asked, len(self.theme.statements), self.kind, lasting=False)
-                    )
-        return self.theme
+        kind = self.kind
+        if self.rng.random() < _SIDE_QUESTION:
+            kind = self.rng.choice(_SIDE_KINDS.get(kind, (kind,)))
+        asked = asks[kind]()
+        after = len(self.theme.statements)
+        known = {question.text for question in self.theme.questions if question.after == after}
+        if asked is None or asked[0] in known:
+            return
+        facts = tuple(
+            ("holder", thing, name)
+            for thing, name in self.handler.items()
+            if kind in ("qa2", "qa3") and f" {thing}" in asked[0]
+        )
+        question = Question(*asked, after, kind, lasting=False, facts=facts)
+        self.theme.questions.append(question)
 
     def _say(self, sentence: str) -> None:
         self.theme.statements.append(sentence)
@@ -176,7 +280,8 @@ class _Story:
             self._say(f"{person.name} is in the {place}.")
         else:
             self._say(f"{person.name} {self.rng.choice(_MOVES)} the {place}.")
-        person.place, person.denied, person.either = place, None, None
+        person.came_from, person.place = person.place, place
+        person.denied = person.either = None
         for thing in person.holds:
             self._thing_at(thing, place)
 
@@ -225,7 +330,7 @@ class _Story:
             return
         thing = self.rng.choice(free)
         person.holds.append(thing)
-        self.owner[thing] = person.name
+        self.owner[thing] = self.handler[thing] = person.name
         if person.place is not None:
             self._thing_at(thing, person.place)
         tail = self.rng.choice((" there", ""))

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from megacontext.config import FrozenConfig
 from megacontext.errors import DataError
-from megacontext.tasks.documents import Piece, PieceKind
+from megacontext.tasks.documents import RELATIONS, Piece, PieceKind, WorldFact
 from megacontext.tasks.recall_documents import Prose, RecallDocuments
 
 END_OF_TEXT = "<|endoftext|>"
@@ -37,7 +37,14 @@ class MixtureConfig(FrozenConfig):
     statement_share: float = Field(
         default=0.25, gt=0, le=1, description="share of statement tokens that are scored at all"
     )
+    story_share: float = Field(
+        default=0.45, ge=0, lt=1, description="share of the recall documents that tell a story"
+    )
+    state_labels: int = Field(
+        default=0, ge=0, description="facts of a story's world asked after each of its sentences"
+    )
     shortest_document: int = Field(default=48, ge=16, description="tokens")
+    longest_document: int = Field(default=0, ge=0, description="tokens; 0: as long as the row")
 
     @model_validator(mode="after")
     def _has_a_share(self) -> Self:
@@ -53,10 +60,13 @@ class LMBatch:
     Args:
         ids: ``[batch, length]`` int64 token ids.
         weights: ``[batch, length]`` float32; the loss weight of predicting this very token.
+        states: ``[n, 5]`` int64; facts that hold in a story's world at a token: row, position,
+            number of the relation, first token of the entity and first token of the value.
     """
 
     ids: Tensor
     weights: Tensor
+    states: Tensor
 
 
 def read_documents(paths: Sequence[Path]) -> list[str]:
@@ -104,23 +114,28 @@ class RowSampler:
         prose: training texts.
         mixture: shares and weights.
         seed: seed of the whole run.
+        end: the token between documents.
 
     Raises:
-        DataError: the tokenizer has no ``<|endoftext|>``.
+        DataError: the tokenizer has no such token.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prose: Prose, mixture: MixtureConfig, seed: int
+        self,
+        tokenizer: Tokenizer,
+        prose: Prose,
+        mixture: MixtureConfig,
+        seed: int,
+        end: str = END_OF_TEXT,
     ) -> None:
         self.tokenizer = tokenizer
         self.prose = prose
         self.mixture = mixture
         self.seed = seed
-        end_id = tokenizer.token_to_id(END_OF_TEXT)
+        self.end = end
+        end_id = tokenizer.token_to_id(end)
         if end_id is None:
-            raise DataError(
-                f"the tokenizer has no token {END_OF_TEXT}; train one with this package"
-            )
+            raise DataError(f"the tokenizer has no token {end}; train one with this package")
         self.end_id = end_id
         self._weights = {
             "prose": mixture.prose_weight,
@@ -132,26 +147,51 @@ class RowSampler:
 
     def with_mixture(self, mixture: MixtureConfig) -> RowSampler:
         """The same sampler with other shares and weights."""
-        return RowSampler(self.tokenizer, self.prose, mixture, self.seed)
+        return RowSampler(self.tokenizer, self.prose, mixture, self.seed, self.end)
 
     def row(self, number: int, length: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Token ids and weights, each ``[length]``, of row ``number``."""
+        return self.row_with_states(number, length)[:2]
+
+    def row_with_states(
+        self, number: int, length: int
+    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], list[list[int]]]:
+        """As :meth:`row`, and the facts that hold at the ends of story sentences.
+
+        Each fact is four numbers: position, relation, first token of the entity and of the value.
+        """
         rng = random.Random(f"{self.seed}/{number}")
-        recall = RecallDocuments(rng, self.prose)
+        recall = RecallDocuments(rng, self.prose, story_share=self.mixture.story_share)
         ids: list[int] = []
         weights: list[float] = []
+        states: list[list[int]] = []
         while len(ids) < length:
             room = length - len(ids)
             pieces = self._document(rng, recall, room)
             for piece, (text_ids, weight) in zip(pieces, self.encode(pieces), strict=True):
                 ids += text_ids
                 weights += self._token_weights(rng, piece.kind, weight, len(text_ids))
+                if self.mixture.state_labels and piece.facts and len(ids) <= length:
+                    states += self._states(rng, piece.facts, len(ids) - 1)
             ids.append(self.end_id)
             weights.append(self.mixture.statement_weight)
         return (
             np.array(ids[:length], dtype=np.int64),
             np.array(weights[:length], dtype=np.float32),
+            states,
         )
+
+    def _states(
+        self, rng: random.Random, facts: Sequence[WorldFact], position: int
+    ) -> list[list[int]]:
+        """A sample of facts as numbers; ``position`` is the last token of their sentence."""
+        chosen = rng.sample(facts, min(self.mixture.state_labels, len(facts)))
+        texts = [f" {word}" for _, entity, value in chosen for word in (entity, value)]
+        first = [encoding.ids[0] for encoding in self.tokenizer.encode_batch_fast(texts)]
+        return [
+            [position, RELATIONS.index(relation), first[2 * i], first[2 * i + 1]]
+            for i, (relation, _, _) in enumerate(chosen)
+        ]
 
     def encode(self, pieces: Sequence[Piece]) -> Iterator[tuple[list[int], float]]:
         """Token ids and loss weight of every piece."""
@@ -175,6 +215,7 @@ class RowSampler:
             weights=(mixture.prose_share, mixture.recall_share, mixture.copy_share),
         )[0]
         shortest = mixture.shortest_document
+        room = min(room, mixture.longest_document or room)
         size = room
         if room > 2 * shortest:
             # Log-uniform: as many short, dense documents as long ones.
@@ -209,12 +250,15 @@ class _Rows(Dataset[LMBatch]):
         step = self.first + index
         planned = self.plan[step]
         drawn = [
-            planned.sampler.row(step * _ROWS_PER_STEP + row, planned.length)
+            planned.sampler.row_with_states(step * _ROWS_PER_STEP + row, planned.length)
             for row in range(planned.rows)
         ]
+        ids, weights, states = zip(*drawn, strict=True)
+        labels = [[row, *label] for row, labels in enumerate(states) for label in labels]
         return LMBatch(
-            torch.from_numpy(np.stack([ids for ids, _ in drawn])),
-            torch.from_numpy(np.stack([weights for _, weights in drawn])),
+            torch.from_numpy(np.stack(ids)),
+            torch.from_numpy(np.stack(weights)),
+            torch.tensor(labels, dtype=torch.int64).reshape(-1, 5),
         )
 
 

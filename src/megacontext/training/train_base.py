@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import random
 import time
@@ -14,19 +13,17 @@ from typing import Any, Self
 
 import torch
 from pydantic import Field, model_validator
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from megacontext.checkpoints import seeded_init
 from megacontext.config import FrozenConfig
-from megacontext.errors import CheckpointError, ConfigError, DataError, TrainingError
+from megacontext.errors import ConfigError, DataError, TrainingError
 from megacontext.runtime.model_loading import parse_device
 from megacontext.tasks.recall_documents import Prose, RecallDocuments
 from megacontext.training.lm_batches import (
+    LMBatch,
     MixtureConfig,
     PlannedStep,
     RowSampler,
@@ -35,9 +32,16 @@ from megacontext.training.lm_batches import (
 )
 from megacontext.training.optimizers import HybridOptimizer, OptimizerConfig
 from megacontext.training.recall_probe import probe_recall
+from megacontext.training.run_log import JsonlLog, training_progress
+from megacontext.training.state_head import StateHead, StateHeadConfig
 from megacontext.training.tokenizer import as_transformers, train_tokenizer
-
-logger = logging.getLogger(__name__)
+from megacontext.training.train_state import (
+    load_state,
+    prefixed,
+    require_shapes,
+    save_state,
+    under,
+)
 
 
 class ArchitectureConfig(FrozenConfig):
@@ -100,6 +104,7 @@ class TrainBaseConfig(FrozenConfig):
     architecture: ArchitectureConfig = ArchitectureConfig()
     mixture: MixtureConfig = MixtureConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    state_head: StateHeadConfig = StateHeadConfig()
     phases: tuple[Phase, ...] = Field(min_length=1)
     seed: int = 0
     device: str = "cpu"
@@ -119,6 +124,11 @@ class TrainBaseConfig(FrozenConfig):
             raise ValueError(
                 f"a phase has length {longest}, more than architecture.max_positions "
                 f"({self.architecture.max_positions})"
+            )
+        if self.state_head.layer > self.architecture.layers:
+            raise ValueError(
+                f"state_head.layer is {self.state_head.layer}, architecture.layers is "
+                f"{self.architecture.layers}"
             )
         return self
 
@@ -154,8 +164,10 @@ class BaseTrainer:
         self.tokenizer = self._load_or_train_tokenizer()
         with seeded_init(config.seed):
             self.model = config.architecture.build()
+            self.head = StateHead(config.architecture.hidden_size, config.state_head)
         nn.Module.to(self.model, device)
-        self.optimizer = HybridOptimizer(self.model.named_parameters(), config.optimizer)
+        self.head.to(device)
+        self.optimizer = HybridOptimizer(self._parameters(), config.optimizer)
         self.sampler = RowSampler(self.tokenizer, self.training, config.mixture, config.seed)
         self.probe_sampler = RowSampler(self.tokenizer, self.held_out, config.mixture, config.seed)
         self.plan = [
@@ -164,6 +176,7 @@ class BaseTrainer:
             for sampler in [self.sampler.with_mixture(phase.mixture or config.mixture)]
             for _ in range(phase.steps)
         ]
+        self.log = JsonlLog(config.output / "log.jsonl")
         self.step = 0
         # Since the last line of the log.
         self.losses: list[float] = []
@@ -183,11 +196,11 @@ class BaseTrainer:
         total = len(self.plan)
         started, tokens = time.monotonic(), 0
         source = batches(self.plan, first=self.step, workers=config.workers)
-        with _progress() as progress:
+        with training_progress() as progress:
             task = progress.add_task("training", total=total, completed=self.step)
             for batch in source:
                 rate = self.optimizer.rate(self.step, total)
-                loss = self._loss(body, batch.ids, batch.weights)
+                loss = self._loss(body, batch)
                 loss.backward()
                 norm = self.optimizer.step(rate)
                 self.losses.append(float(loss.detach()))
@@ -222,17 +235,31 @@ class BaseTrainer:
         )
         return folder
 
-    def _loss(self, body: Any, ids: Tensor, weights: Tensor) -> Tensor:
-        """Weighted mean NLL of ``ids [batch, length]``; ``weights`` belong to the target tokens."""
-        ids, weights = ids.to(self.config.device), weights.to(self.config.device)
+    def _parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """What is trained, by name; of the auxiliary head only if it is in use."""
+        named = list(self.model.named_parameters())
+        if self.config.state_head.layer:
+            named += [(f"state_head.{name}", p) for name, p in self.head.named_parameters()]
+        return named
+
+    def _loss(self, body: Any, batch: LMBatch) -> Tensor:
+        """Weighted mean NLL of the batch, and the auxiliary head's loss if it is in use."""
+        device, layer = self.config.device, self.config.state_head.layer
+        ids, weights = batch.ids.to(device), batch.weights.to(device)
         scored = weights[:, 1:] > 0
         with self._autocast():
-            hidden: Tensor = body(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
-            logits: Tensor = self.model.lm_head(hidden[scored])
+            output = body(input_ids=ids[:, :-1], use_cache=False, output_hidden_states=layer > 0)
+            logits: Tensor = self.model.lm_head(output.last_hidden_state[scored])
         nll = nn.functional.cross_entropy(logits.float(), ids[:, 1:][scored], reduction="none")
         target_weights = weights[:, 1:][scored]
         # A batch without a scored token teaches nothing; it must not end the run as 0 / 0.
-        return (nll * target_weights).sum() / target_weights.sum().clamp(min=1e-9)
+        loss = (nll * target_weights).sum() / target_weights.sum().clamp(min=1e-9)
+        if not layer:
+            return loss
+        table = self.model.get_input_embeddings().weight
+        with self._autocast():
+            known = self.head(output.hidden_states[layer], batch.states.to(device), table)
+        return loss + self.config.state_head.weight * known
 
     def _autocast(self) -> AbstractContextManager[object]:
         if not self.config.mixed_precision:
@@ -272,10 +299,7 @@ class BaseTrainer:
         self._log({"probe_length": length, **asdict(report)})
 
     def _log(self, record: dict[str, Any]) -> None:
-        line = json.dumps({"step": self.step, "time": round(time.time(), 1), **_rounded(record)})
-        with (self.config.output / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-        logger.info("%s", line)
+        self.log.write(self.step, record)
 
     def _checkpoint(self) -> None:
         """Writes the whole state beside the last one and switches by renaming.
@@ -283,19 +307,17 @@ class BaseTrainer:
         Raises:
             TrainingError: a tensor is no longer finite.
         """
-        tensors = {f"model|{name}": value for name, value in self.model.state_dict().items()}
+        # The output layer is the embedding and is stored once.
+        tensors = prefixed("model|", self.model.state_dict())
         tensors.pop("model|lm_head.weight", None)
-        tensors |= {f"optim|{name}": t for name, t in self.optimizer.state_tensors().items()}
+        if self.config.state_head.layer:
+            tensors |= prefixed("head|", self.head.state_dict())
+        tensors |= prefixed("optim|", self.optimizer.state_tensors())
         for name, value in tensors.items():
             if not bool(value.isfinite().all()):
                 raise self._diverged(f"{name.partition('|')[2]} is no longer finite")
-        fresh = self.config.output / "checkpoint.tmp"
-        save_file(
-            {name: value.contiguous() for name, value in tensors.items()},
-            fresh,
-            metadata={"step": str(self.step), "losses": json.dumps(self.losses)},
-        )
-        fresh.replace(self.config.output / "checkpoint.safetensors")
+        metadata = {"step": str(self.step), "losses": json.dumps(self.losses)}
+        save_state(self.config.output / "checkpoint.safetensors", tensors, metadata)
 
     def _diverged(self, what: str) -> TrainingError:
         return TrainingError(
@@ -307,14 +329,7 @@ class BaseTrainer:
         """Takes up the checkpoint, if there is one, and drops what was logged after it."""
         path = self.config.output / "checkpoint.safetensors"
         if path.exists():
-            try:
-                with safe_open(path, framework="pt") as file:
-                    metadata: dict[str, str] = file.metadata()
-                    tensors: dict[str, Tensor] = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(
-                    f"{path}: not a whole checkpoint: {error}; delete it to start anew"
-                ) from None
+            tensors, metadata = load_state(path)
             self._load(path, tensors)
             self.step = int(metadata["step"])
             self.losses = json.loads(metadata.get("losses", "[]"))
@@ -323,56 +338,18 @@ class BaseTrainer:
                     f"{path}: is at step {self.step}, `phases` have {len(self.plan)} steps; add "
                     "steps or choose another `output`"
                 )
-        self._trim_log()
+        self.log.rewind(self.step)
 
     def _load(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        state = _under("model|", tensors)
-        # The output layer is the embedding and is stored once.
+        state = under("model|", tensors)
         expected = self.model.state_dict()
         expected.pop("lm_head.weight", None)
-        for name in sorted(expected.keys() | state.keys()):
-            shapes = [tuple(t[name].shape) if name in t else None for t in (state, expected)]
-            if shapes[0] != shapes[1]:
-                raise CheckpointError(
-                    f"{path}: tensor {name!r} has shape {shapes[0]}, expected {shapes[1]}; keep "
-                    "`architecture` as it was or choose another `output`"
-                )
+        require_shapes(
+            path, state, expected, "keep `architecture` as it was or choose another `output`"
+        )
         self.model.load_state_dict(state, strict=False)
-        self.optimizer.load_state_tensors(_under("optim|", tensors))
-
-    def _trim_log(self) -> None:
-        path = self.config.output / "log.jsonl"
-        if not path.exists():
-            return
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        # A line without its end was cut off by the interruption.
-        kept = [
-            line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step
-        ]
-        part = path.with_suffix(".part")
-        part.write_text("".join(kept), encoding="utf-8")
-        part.replace(path)
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names begin with ``prefix``, without it."""
-    return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(prefix)
-    }
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        # JSON has no NaN: a measure without a sample is null.
-        return round(value, 4) if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return value
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    )
+        head = under("head|", tensors)
+        if head and self.config.state_head.layer:
+            require_shapes(path, head, self.head.state_dict(), "keep `state_head` as it was")
+            self.head.load_state_dict(head)
+        self.optimizer.load_state_tensors(under("optim|", tensors))

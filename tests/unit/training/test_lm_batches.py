@@ -9,7 +9,7 @@ import zstandard
 from tokenizers import Tokenizer, models
 
 from megacontext.errors import ConfigError, DataError
-from megacontext.tasks.documents import Piece
+from megacontext.tasks.documents import RELATIONS, Piece
 from megacontext.tasks.recall_documents import Prose, RecallDocuments
 from megacontext.training.lm_batches import (
     END_OF_TEXT,
@@ -221,3 +221,51 @@ def test_a_tokenizer_without_an_end_is_refused():
 def test_mixtures_out_of_range_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):
         MixtureConfig.parse(values)
+
+
+def test_facts_stand_at_the_ends_of_their_sentences():
+    mixture = only("recall", story_share=0.99, state_labels=3, **EVERYTHING)
+    rows = sampler(mixture)
+    found = 0
+    for number in range(12):
+        ids, weights, states = rows.row_with_states(number, 300)
+        plain_ids, plain_weights = rows.row(number, 300)
+        assert np.array_equal(ids, plain_ids)
+        assert np.array_equal(weights, plain_weights)
+        for position, relation, entity, value in states:
+            assert 0 <= position < 300
+            assert 0 <= relation < len(RELATIONS)
+            told = TOKENIZER.decode(ids[: position + 1].tolist(), skip_special_tokens=False)
+            # A sentence's full stop, or the colon that an answer follows.
+            assert told.endswith((".", ":"))
+            sentence = told.rpartition(". ")[2]
+            # What is asked about is named there; its first token may be part of a word.
+            assert TOKENIZER.decode([entity]).strip() in sentence
+            assert 0 <= value < TOKENIZER.get_vocab_size()
+            found += 1
+    assert found > 20
+
+
+def test_without_labels_there_are_no_facts():
+    mixture = only("recall", story_share=0.99, **EVERYTHING)
+    assert sampler(mixture).row_with_states(0, 300)[2] == []
+
+
+def test_a_batch_numbers_the_rows_of_its_facts():
+    mixture = only("recall", story_share=0.99, state_labels=2, **EVERYTHING)
+    rows = sampler(mixture)
+    (batch,) = batches([PlannedStep(rows=4, length=200, sampler=rows)], workers=0)
+    assert batch.states.dtype == torch.int64
+    assert batch.states.shape[1] == 5
+    for row in range(4):
+        expected = rows.row_with_states(row, 200)[2]
+        assert batch.states[batch.states[:, 0] == row][:, 1:].tolist() == expected
+
+
+def test_no_document_is_longer_than_allowed():
+    mixture = only("prose", shortest_document=32, longest_document=64, **EVERYTHING)
+    ids, _ = sampler(mixture).row(0, 600)
+    ends = np.flatnonzero(ids == TOKENIZER.token_to_id(END_OF_TEXT))
+    # Prose is cut by characters, about four a token.
+    assert np.diff(ends).max() < 200
+    assert len(ends) >= 4

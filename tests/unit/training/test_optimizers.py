@@ -43,6 +43,41 @@ def test_only_hidden_matrices_go_to_muon():
     assert adam == ["embed_tokens.weight", "up.bias", "norm.weight", "norm.bias", "lm_head.weight"]
 
 
+def test_adamw_may_take_the_matrices_too():
+    net = Net()
+    config = OptimizerConfig(
+        matrices="adamw", adam_lr=0.01, weight_decay=0.1, warmup_steps=0, decay_share=0.0
+    )
+    plain = Net()
+    optimizer = optimizer_of(net, config)
+    (names,) = optimizer.names
+    assert names == [name for name, _ in net.named_parameters()]
+    reference = torch.optim.AdamW(plain.parameters(), lr=0.01, betas=(0.9, 0.98), weight_decay=0.1)
+    train(net, optimizer, 0, 4)
+    for step in range(4):
+        generator = torch.Generator().manual_seed(step)
+        plain.loss(torch.randint(0, 11, (20,), generator=generator)).backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), config.clip_norm)
+        reference.step()
+        reference.zero_grad()
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(net.state_dict()[name], value)
+
+
+def test_only_matrices_decay_beside_muon_and_everything_without_it():
+    names = {name for name, _ in Net().named_parameters()}
+    for matrices, decayed in (("muon", {"up.weight"}), ("adamw", names)):
+        net = Net()
+        optimizer = optimizer_of(net, OptimizerConfig(matrices=matrices, weight_decay=0.5))
+        before = {name: value.detach().clone() for name, value in net.named_parameters()}
+        for parameter in net.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step(1.0)
+        changed = {name for name, p in net.named_parameters() if not torch.equal(p, before[name])}
+        # What is zero stays zero.
+        assert changed == {name for name in decayed if before[name].any()}
+
+
 @pytest.mark.parametrize(
     ("warmup", "share", "total", "expected"),
     [
@@ -60,6 +95,21 @@ def test_the_rate_rises_stays_and_falls(warmup, share, total, expected):
     assert [optimizer.rate(step, total) for step in range(total)] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("warmup", "share", "total", "expected"),
+    [
+        (2, 0.4, 10, [0.5, 1, 1, 1, 1, 1, 1, 0.8536, 0.5, 0.1464]),
+        (0, 1.0, 4, [1, 0.8536, 0.5, 0.1464]),
+        (4, 0.0, 6, [0.25, 0.5, 0.75, 1, 1, 1]),
+    ],
+)
+def test_the_rate_may_fall_along_a_cosine(warmup, share, total, expected):
+    config = OptimizerConfig(schedule="cosine", warmup_steps=warmup, decay_share=share)
+    optimizer = optimizer_of(Net(), config)
+    found = [optimizer.rate(step, total) for step in range(total)]
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
 def test_the_decay_ends_just_above_zero_and_never_below():
     optimizer = optimizer_of(Net(), OptimizerConfig(warmup_steps=50, decay_share=0.3))
     rates = [optimizer.rate(step, 1000) for step in range(1000)]
@@ -69,13 +119,15 @@ def test_the_decay_ends_just_above_zero_and_never_below():
     assert sorted(rates[700:], reverse=True) == rates[700:]
 
 
+@pytest.mark.parametrize("matrices", ["muon", "adamw"])
 @pytest.mark.parametrize("pause", [1, 3])
-def test_a_restored_state_goes_on_bit_by_bit(pause):
+def test_a_restored_state_goes_on_bit_by_bit(pause, matrices):
+    config = OptimizerConfig(warmup_steps=2, matrices=matrices, schedule="cosine")
     straight = Net()
-    train(straight, optimizer_of(straight), 0, 8)
+    train(straight, optimizer_of(straight, config), 0, 8)
 
     net = Net()
-    before = optimizer_of(net)
+    before = optimizer_of(net, config)
     train(net, before, 0, pause)
     saved = before.state_tensors()
     weights = {name: value.clone() for name, value in net.state_dict().items()}
@@ -83,7 +135,7 @@ def test_a_restored_state_goes_on_bit_by_bit(pause):
 
     resumed = Net(seed=5)
     resumed.load_state_dict(weights)
-    after = optimizer_of(resumed)
+    after = optimizer_of(resumed, config)
     after.load_state_tensors(saved)
     for name, value in after.state_tensors().items():
         assert torch.equal(value, saved[name]), name
@@ -145,6 +197,8 @@ def test_training_lowers_the_loss():
         ({"warmup_steps": -1}, "'warmup_steps' has value -1.*greater than or equal to 0"),
         ({"decay_share": 1.2}, "'decay_share' has value 1.2.*less than or equal to 1"),
         ({"clip_norm": 0}, "'clip_norm' has value 0.*greater than 0"),
+        ({"matrices": "sgd"}, "'matrices' has value 'sgd'.*'muon' or 'adamw'"),
+        ({"schedule": "step"}, "'schedule' has value 'step'.*'linear' or 'cosine'"),
         ({"momentum": 0.9}, "unknown key 'momentum'"),
     ],
 )

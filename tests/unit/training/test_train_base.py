@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megacontext.config import load_config
 from megacontext.errors import CheckpointError, ConfigError, DataError, TrainingError
 from megacontext.runtime.base_model import BaseModel
+from megacontext.training.lm_batches import LMBatch
 from megacontext.training.train_base import (
     ArchitectureConfig,
     BaseTrainer,
@@ -91,10 +92,10 @@ class Interrupted(BaseTrainer):
         self.at = at
         super().__init__(config)
 
-    def _loss(self, body, ids, weights):
+    def _loss(self, body, batch):
         if self.step == self.at:
             raise KeyboardInterrupt
-        return super()._loss(body, ids, weights)
+        return super()._loss(body, batch)
 
 
 def interrupt(config, at):
@@ -115,6 +116,30 @@ def test_training_lowers_the_loss(folder):
     # A fresh model knows nothing: every one of 512 tokens is as likely as the others.
     assert losses[0] == pytest.approx(math.log(512), abs=0.3)
     assert sum(losses[-5:]) / 5 < losses[0] - 1.5
+
+
+def test_the_state_head_is_trained_resumed_and_left_out_of_the_model(tmp_path):
+    stories = {"prose_share": 0, "recall_share": 1, "copy_share": 0, "story_share": 0.99}
+    changes = {"state_head": {"layer": 1}, "mixture": {**stories, "state_labels": 2}}
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+        write_corpus(folder)
+    straight = BaseTrainer(tiny_config(folders[0], **changes))
+    first = {name: value.clone() for name, value in straight.head.state_dict().items()}
+    straight.run()
+    last = straight.head.state_dict()
+    assert all(not torch.equal(first[name], last[name]) for name in first)
+    interrupt(tiny_config(folders[1], **changes), 6)
+    BaseTrainer(tiny_config(folders[1], **changes)).run()
+    assert_ended_alike(*folders)
+    exported = load_file(folders[0] / "run" / "model" / "model.safetensors")
+    assert not any("head" in name and "lm_head" not in name for name in exported)
+
+
+def test_a_state_head_behind_the_last_layer_is_refused(folder):
+    with pytest.raises(ConfigError, match=r"state_head.layer is 3, architecture.layers is 2"):
+        tiny_config(folder, state_head={"layer": 3})
 
 
 @pytest.mark.parametrize("at", [1, 4, 7])
@@ -200,9 +225,9 @@ def test_weights_that_are_no_longer_finite_are_never_saved(folder):
 
 def test_a_batch_without_a_scored_token_teaches_nothing(straight):
     trainer = BaseTrainer(tiny_config(straight, log_every=3))
-    loss = trainer._loss(
-        trainer.model.model, torch.ones(1, 40, dtype=torch.int64), torch.zeros(1, 40)
-    )
+    nothing = torch.empty(0, 5, dtype=torch.int64)
+    batch = LMBatch(torch.ones(1, 40, dtype=torch.int64), torch.zeros(1, 40), nothing)
+    loss = trainer._loss(trainer.model.model, batch)
     loss.backward()
     assert loss.item() == 0
     assert all(not p.grad.any() for p in trainer.model.parameters() if p.grad is not None)
@@ -214,7 +239,8 @@ def test_the_loss_is_the_weighted_mean_over_the_targets(straight):
     weights = torch.rand(3, 30, generator=torch.Generator().manual_seed(1))
     weights[:, 10:14] = 0
     with torch.no_grad():
-        found = trainer._loss(trainer.model.model, ids, weights)
+        nothing = torch.empty(0, 5, dtype=torch.int64)
+        found = trainer._loss(trainer.model.model, LMBatch(ids, weights, nothing))
         logits = trainer.model(input_ids=ids).logits
     nll = torch.nn.functional.cross_entropy(
         logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none"
