@@ -1,4 +1,4 @@
-"""A small corpus of simple English and a base-model run that takes seconds, for tests."""
+"""A small corpus of simple English and training runs that take seconds, for tests."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megacontext.training.train_base import TrainBaseConfig
+from megacontext.training.train_gistnet import TrainGistNetConfig
 
 _SUBJECTS = ("The fox", "A small girl", "The old king", "Nobody", "His brother", "The wind")
 _VERBS = ("went to", "looked at", "spoke of", "feared", "remembered", "came from")
@@ -60,3 +61,29 @@ def tiny_run(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def tiny_config(folder: Path, **changes: Any) -> TrainBaseConfig:
     return TrainBaseConfig.parse(tiny_run(folder, **changes))
+
+
+def tiny_gist_run(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Values of a :class:`TrainGistNetConfig` for the base in ``folder / "base"``; eight steps."""
+    values: dict[str, Any] = {
+        "output": folder / "run",
+        "model": str(folder / "base"),
+        "corpus": [folder / "corpus.txt"],
+        "gistnet": {"n_layers": 1, "context_tokens": 32, "slots": 2, "block_size": 16},
+        "phases": [
+            {"length": 64, "rows": 2, "steps": 4},
+            {"length": 96, "rows": 2, "steps": 4, "replaced": [1, 2], "slots": [1, 2]},
+        ],
+        "optimizer": {"warmup_steps": 2},
+        "mixed_precision": False,
+        "workers": 0,
+        "log_every": 1,
+        "probe_every": 1000,
+        "probe_batches": 1,
+        "checkpoint_every": 4,
+    }
+    return values | changes
+
+
+def tiny_gist_config(folder: Path, **changes: Any) -> TrainGistNetConfig:
+    return TrainGistNetConfig.parse(tiny_gist_run(folder, **changes))

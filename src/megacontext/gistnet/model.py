@@ -145,12 +145,42 @@ class GistNet(PretrainedModule[GistNetConfig]):
             torch.cat([part.fidelity for part in parts]),
         )
 
-    def read_embeddings(self, gists: Tensor, levels: Tensor) -> Tensor:
+    def encode_streams(self, children: Tensor, level: int) -> Gists:
+        """Makes all gists of several streams at once, as :meth:`encode_level` does of one.
+
+        Args:
+            children: ``[streams, blocks, block_size, width]``; every stream starts where its
+                memory does.
+            level: level of the gists to make, from 1.
+
+        Returns:
+            Vectors ``[streams, blocks, gist_width]`` and fidelity ``[streams, blocks]``.
+
+        Raises:
+            InputError: a shape or the level does not fit.
+        """
+        if children.ndim != 4:
+            raise InputError(
+                f"children have shape {tuple(children.shape)}, expected [streams, blocks, "
+                f"{self.config.block_size}, width]"
+            )
+        flat = children.flatten(0, 1)
+        self._check_children(flat, level, dims=3)
+        if self.encoder is None or level > 1 or not len(flat):
+            made = self.encode(flat, level)
+        else:
+            hidden = self.encoder.embed(children.to(self._dtype), level)
+            made = self.encoder(hidden, None, flat.to(self._dtype))
+        shape = children.shape[:2]
+        return Gists(made.vectors.unflatten(0, shape), made.fidelity.unflatten(0, shape))
+
+    def read_embeddings(self, gists: Tensor, levels: Tensor, slots: int | None = None) -> Tensor:
         """Reads gists as input embeddings of the base model.
 
         Args:
             gists: ``[n, gist_width]``, any floating type.
             levels: int64 ``[n]``, level of each gist, from 1.
+            slots: read the first of a gist's entries only, so many; ``None`` reads all.
 
         Returns:
             ``[n, slots, d_model]``, in the type of the reader's weights (of ``gists`` where the
@@ -162,15 +192,19 @@ class GistNet(PretrainedModule[GistNetConfig]):
         reader = self.reader
         if not isinstance(reader, EmbeddingReader):
             raise InputError("this GistNet's gists are read as keys and values: call read_kv")
-        self._check_read(gists, levels)
-        return reader(gists.to(_reader_dtype(reader, gists)), levels)
+        self._check_read(gists, levels, slots)
+        dtype = _reader_dtype(reader, gists)
+        return reader(gists.to(dtype), levels, slots or self.config.slots)
 
-    def read_kv(self, gists: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    def read_kv(
+        self, gists: Tensor, levels: Tensor, slots: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Reads gists as keys and values of every layer of the base model.
 
         Args:
             gists: ``[n, gist_width]``, any floating type.
             levels: int64 ``[n]``, level of each gist, from 1.
+            slots: read the first of a gist's entries only, so many; ``None`` reads all.
 
         Returns:
             Keys ``[kv_layers, n, slots, kv_heads, kv_head_dim]``, not rotated, and values
@@ -182,8 +216,9 @@ class GistNet(PretrainedModule[GistNetConfig]):
         reader = self.reader
         if not isinstance(reader, KVReader):
             raise InputError("this GistNet's gists are read as embeddings: call read_embeddings")
-        self._check_read(gists, levels)
-        return reader(gists.to(_reader_dtype(reader, gists)), levels)
+        self._check_read(gists, levels, slots)
+        dtype = _reader_dtype(reader, gists)
+        return reader(gists.to(dtype), levels, slots or self.config.slots)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -265,8 +300,10 @@ class GistNet(PretrainedModule[GistNetConfig]):
                 f"{tuple(context.shape[:2])}"
             )
 
-    def _check_read(self, gists: Tensor, levels: Tensor) -> None:
+    def _check_read(self, gists: Tensor, levels: Tensor, slots: int | None) -> None:
         config = self.config
+        if slots is not None and not 1 <= slots <= config.slots:
+            raise InputError(f"slots is {slots}, expected 1 to {config.slots}")
         if gists.ndim != 2 or gists.shape[1] != config.gist_width or not gists.is_floating_point():
             raise InputError(
                 f"gists are {gists.dtype} {tuple(gists.shape)}, expected floating "

@@ -34,10 +34,13 @@ class EmbeddingReader(nn.Module):
             self.levels = nn.Embedding(config.max_levels + 1, config.d_model)
             nn.init.zeros_(self.levels.weight)
 
-    def forward(self, gists: Tensor, levels: Tensor) -> Tensor:
-        """Reads ``[n, gist_width]`` of ``levels [n]`` as ``[n, slots, d_model]``."""
-        x = gists if self.split is None else self.split(gists)
-        x = x.unflatten(-1, (self.slots, self.d_model))
+    def forward(self, gists: Tensor, levels: Tensor, slots: int) -> Tensor:
+        """Reads ``[n, gist_width]`` of ``levels [n]`` as its first ``[n, slots, d_model]``."""
+        x = gists
+        if self.split is not None:
+            size = slots * self.d_model
+            x = F.linear(gists, self.split.weight[:size], self.split.bias[:size])
+        x = x.unflatten(-1, (slots, self.d_model))
         if self.mlp is not None and self.levels is not None:
             x = self.mlp(x, self.levels(levels)[:, None])
         return x
@@ -90,12 +93,13 @@ class KVReader(nn.Module):
         if config.key_norm:
             self.key_scale = nn.Parameter(torch.ones(layers, config.kv_head_dim))
 
-    def forward(self, gists: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, gists: Tensor, levels: Tensor, slots: int) -> tuple[Tensor, Tensor]:
         """Reads gists as keys and values.
 
         Args:
             gists: ``[n, gist_width]``.
             levels: int64 ``[n]``, 1 for a gist of tokens.
+            slots: how many of a gist's entries to read, the first ones.
 
         Returns:
             Keys ``[kv_layers, n, slots, kv_heads, kv_head_dim]`` and values
@@ -105,12 +109,15 @@ class KVReader(nn.Module):
         x = self.norm(gists) + self.levels(levels)
         if self.mlp is not None:
             x = self.mlp(x)
+        key_map, value_map = self.key_map, self.value_map
         equation = "ng,lsgo->lnso"
         if self.down is not None:
-            x = torch.einsum("ng,sgr->nsr", x, self.down)
+            x = torch.einsum("ng,sgr->nsr", x, self.down[:slots])
             equation = "nsr,lro->lnso"
-        keys = torch.einsum(equation, x, self.key_map) + self.key_bias
-        values = torch.einsum(equation, x, self.value_map) + self.value_bias
+        else:
+            key_map, value_map = key_map[:, :slots], value_map[:, :slots]
+        keys = torch.einsum(equation, x, key_map) + self.key_bias[:, :, :slots]
+        values = torch.einsum(equation, x, value_map) + self.value_bias[:, :, :slots]
         keys = keys.unflatten(-1, (config.kv_heads, config.kv_head_dim))
         values = values.unflatten(-1, (config.kv_heads, config.kv_value_dim))
         if self.key_scale is not None:

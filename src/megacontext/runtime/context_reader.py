@@ -65,7 +65,7 @@ class ContextReader:
         gists = self.gists(context).to(device)
         gist_levels = context.levels[context.levels > 0].to(device)
         if self.gistnet.config.reader == "kv" and len(gists):
-            keys, values = self.gistnet.read_kv(gists, gist_levels)
+            keys, values = self.gistnet.read_kv(gists, gist_levels, context.gist_cost)
             return ContextInput(
                 embeddings=raw_embeddings,
                 positions=torch.cat((positions[~is_gist], pending_positions)).to(device),
@@ -77,7 +77,7 @@ class ContextReader:
         raw_rows = torch.cat((~is_gist, torch.ones(len(pending), dtype=torch.bool)))
         embeddings[raw_rows] = raw_embeddings
         if len(gists):
-            read = self.gistnet.read_embeddings(gists, gist_levels)
+            read = self.gistnet.read_embeddings(gists, gist_levels, context.gist_cost)
             embeddings[~raw_rows] = read.flatten(0, 1).to(embeddings.dtype)
         return ContextInput(
             embeddings=embeddings,

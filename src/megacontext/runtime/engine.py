@@ -6,15 +6,14 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from megacontext.config import FrozenConfig
 from megacontext.errors import (
-    CheckpointError,
     ConfigError,
     InputError,
     MemoryMismatchError,
@@ -25,6 +24,7 @@ from megacontext.lensnet import LensNet
 from megacontext.memory import Memory, MemoryIdentity, Source
 from megacontext.runtime.answer import Answer, DecodedToken
 from megacontext.runtime.base_model import BaseModel
+from megacontext.runtime.companions import require_fit
 from megacontext.runtime.context_input import ContextInput
 from megacontext.runtime.context_reader import ContextReader
 from megacontext.runtime.focus_allocator import AllocatorConfig, FocusAllocator
@@ -47,6 +47,8 @@ class EngineConfig(FrozenConfig):
     Attributes:
         budget: ``W``, the most token-equivalents that context, prompt and answer cost together.
         tail_tokens: newest tokens that are always raw.
+        gist_slots: ``S``, entries that a gist is read as and costs; by default all that the GistNet
+            gives. Fewer leave room for more spans, each read less exactly.
         positions: ``packed`` or ``timeline``.
         query_tokens: how many of the newest tokens ask, where there is no prompt.
         refocus_rounds: most rounds before an answer; fewer when a round edits nothing.
@@ -57,12 +59,21 @@ class EngineConfig(FrozenConfig):
 
     budget: int = Field(default=1024, ge=64)
     tail_tokens: int = Field(default=256, ge=0)
+    gist_slots: int | None = Field(default=None, ge=1)
     positions: PositionPolicy = "packed"
     query_tokens: int = Field(default=64, ge=1)
     refocus_rounds: int = Field(default=4, ge=1, le=16)
     chunk_tokens: int = Field(default=16_384, ge=32)
     keep_records: int = Field(default=8_192, ge=1)
     allocator: AllocatorConfig = AllocatorConfig()
+
+    @model_validator(mode="after")
+    def _room_beside_the_tail(self) -> Self:
+        if self.tail_tokens >= self.budget:
+            raise ValueError(
+                f"tail_tokens is {self.tail_tokens}, expected less than budget ({self.budget})"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -164,7 +175,7 @@ class Engine:
             self.telemetry,
             budget=self.config.budget,
             tail_tokens=self.config.tail_tokens,
-            gist_cost=self.gistnet.cost,
+            gist_cost=self.config.gist_slots or self.gistnet.cost,
             query_tokens=self.config.query_tokens,
             keep_records=self.config.keep_records,
         )
@@ -391,14 +402,11 @@ class Engine:
     def _check_fit(self, lens: LensNet | None) -> None:
         """Refuses models, memory and sizes that do not belong together."""
         base, gists = self.base, self.gistnet.config
-        made_for, needed = [gists.d_model], [base.d_model]
-        if gists.reader == "kv":
-            made_for += [gists.kv_layers, gists.kv_heads, gists.kv_head_dim, gists.kv_value_dim]
-            needed += [base.n_layers, base.n_kv_heads, base.head_dim, base.value_dim]
-        if made_for != needed:
-            raise CheckpointError(
-                f"the GistNet was made for a base with (d_model, layers, kv_heads, head_dim, "
-                f"value_dim) = {made_for}, {base.name} has {needed}; train one for {base.name}"
+        require_fit(self.gistnet, base)
+        if (self.config.gist_slots or 1) > gists.slots:
+            raise ConfigError(
+                f"gist_slots is {self.config.gist_slots}, the GistNet's gists have {gists.slots} "
+                "entries; lower it"
             )
         difference = self.memory.identity.explain_difference(
             self.identity(base, self.gistnet, lens)

@@ -10,10 +10,10 @@ from pydantic import Field
 
 from megacontext.config import FrozenConfig
 from megacontext.errors import MegaContextError
-from megacontext.gistnet import GistNet
 from megacontext.lensnet import LensNet, LensNetConfig
 from megacontext.memory import Memory
 from megacontext.runtime.base_model import BaseModel
+from megacontext.runtime.companions import load_gistnet
 from megacontext.runtime.engine import Engine, EngineConfig
 from megacontext.runtime.focus_policies import (
     AttentionPolicy,
@@ -34,7 +34,8 @@ class SessionConfig(FrozenConfig):
         model: local folder, hub id, or ``bundled:NAME``.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
         device: where the base model runs.
-        gistnet: folder of a GistNet checkpoint; without one a gist is the mean of its span.
+        gistnet: folder of a GistNet checkpoint, or ``mean``: a gist is the mean of its span. If
+            none, the one bundled with the model, or ``mean`` where there is none.
         lens: folder of a LensNet checkpoint; policy ``lens`` without one starts untrained.
         policy: focus policy.
         engine: budget and habits.
@@ -44,7 +45,7 @@ class SessionConfig(FrozenConfig):
     model: str = "bundled:tiny"
     dtype: str = "float32"
     device: str = "cpu"
-    gistnet: Path | None = None
+    gistnet: str | None = None
     lens: Path | None = None
     policy: PolicyName = "lexical"
     engine: EngineConfig = EngineConfig()
@@ -90,11 +91,7 @@ class Session:
         self.base = BaseModel.from_pretrained(
             config.model, dtype=config.dtype, device=config.device
         )
-        self.gistnet = (
-            GistNet.untrained(self.base.d_model)
-            if config.gistnet is None
-            else GistNet.from_pretrained(config.gistnet)
-        )
+        self.gistnet = load_gistnet(config.gistnet, self.base, config.model)
         self.lens = None if config.lens is None else LensNet.from_pretrained(config.lens)
         sink = None if config.telemetry is None else JsonlSink(config.telemetry)
         self.telemetry = Telemetry(sink)

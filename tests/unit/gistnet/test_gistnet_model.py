@@ -251,3 +251,41 @@ def test_initial_weights_come_from_the_seed_alone():
 def test_bad_inputs_are_named(call, message):
     with pytest.raises(InputError, match=message):
         call(GistNet(small(gist_width=2 * D)))
+
+
+@pytest.mark.parametrize("level", [1, 2])
+@pytest.mark.parametrize("net", ["mean", "wide", "slots"])
+class TestStreams:
+    def make(self, net):
+        if net == "mean":
+            return GistNet.untrained(D, block_size=K)
+        return trained(small(pooling="slots") if net == "slots" else small(gist_width=2 * D))
+
+    @torch.no_grad()
+    def test_streams_are_encoded_as_each_alone(self, net, level):
+        gistnet = self.make(net)
+        width = D if level == 1 else gistnet.config.gist_width
+        # More blocks than the context holds, so that its reach matters.
+        children = tokens(3, 5, K, width)
+        found = gistnet.encode_streams(children, level)
+        assert found.vectors.shape == (3, 5, gistnet.config.gist_width)
+        assert found.fidelity.shape == (3, 5)
+        for row, stream in enumerate(children):
+            alone = gistnet.encode_level(stream.flatten(0, 1), level)
+            torch.testing.assert_close(found.vectors[row], alone.vectors, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                found.fidelity[row], alone.fidelity, atol=1e-5, rtol=1e-4, equal_nan=True
+            )
+
+    def test_there_may_be_no_streams_and_no_blocks(self, net, level):
+        gistnet = self.make(net)
+        width = D if level == 1 else gistnet.config.gist_width
+        for streams, blocks in ((0, 3), (2, 0)):
+            found = gistnet.encode_streams(torch.empty(streams, blocks, K, width), level)
+            assert found.vectors.shape == (streams, blocks, gistnet.config.gist_width)
+            assert found.fidelity.shape == (streams, blocks)
+
+    @pytest.mark.parametrize("shape", [(5, K, D), (2, 5, K + 1, D), (2, 5, K, D + 1)])
+    def test_other_shapes_are_refused(self, net, level, shape):
+        with pytest.raises(InputError, match=r"have shape \("):
+            self.make(net).encode_streams(torch.zeros(shape), level)

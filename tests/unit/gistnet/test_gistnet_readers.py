@@ -143,3 +143,30 @@ def test_normalised_keys_have_unit_rms_times_scale():
     net = GistNet(GistNetConfig(d_model=D, **KV, key_norm=True))
     keys, _ = net.read_kv(100 * torch.randn(3, D), torch.ones(3).long())
     torch.testing.assert_close(F.rms_norm(keys, (4,), eps=1e-6), keys, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize(
+    "values",
+    [KV, KV | {"kv_rank": 5, "key_norm": True, "reader_d_ff": 8}, {}, {"reader_d_ff": 8}],
+    ids=["kv", "kv-rank", "embedding", "embedding-mlp"],
+)
+@torch.no_grad()
+def test_fewer_slots_are_the_first_of_all(values, slots):
+    net = make(**values, slots=3)
+    gists, levels = torch.randn(5, D), torch.tensor([1, 1, 2, 4, 3])
+    kv = net.config.reader == "kv"
+    read = net.read_kv if kv else net.read_embeddings
+    whole, part = read(gists, levels), read(gists, levels, slots)
+    pairs = zip(whole, part, strict=True) if kv else [(whole[None], part[None])]
+    for everything, first in pairs:
+        torch.testing.assert_close(first, everything[:, :, :slots])
+
+
+@pytest.mark.parametrize("slots", [0, -1, 4])
+@pytest.mark.parametrize("values", [KV, {}], ids=["kv", "embedding"])
+def test_slots_that_a_gist_lacks_are_refused(values, slots):
+    net = make(**values, slots=3)
+    read = net.read_kv if values else net.read_embeddings
+    with pytest.raises(InputError, match=f"slots is {slots}, expected 1 to 3"):
+        read(torch.randn(2, D), torch.tensor([1, 1]), slots)
