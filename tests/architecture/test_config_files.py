@@ -15,6 +15,7 @@ CONFIG_TYPES = (
     ("runs/base_llm.yaml", "megacontext.evaluation.decode_demo:DecodeDemoConfig"),
     ("runs/demo.yaml", "megacontext.evaluation.demo:DemoConfig"),
     ("runs/poc_*.yaml", "megacontext.evaluation.poc_loop:PocLoopConfig"),
+    ("train/gistnet_*.yaml", "megacontext.training.train_gistnet:TrainGistNetConfig"),
     ("train/small_gpu.yaml", "megacontext.training.train_base:TrainBaseConfig"),
     ("train/tiny_cpu.yaml", "megacontext.training.train_base:TrainBaseConfig"),
 )

@@ -24,6 +24,7 @@ from megacontext.config import FrozenConfig, load_config
 from megacontext.evaluation.base_suite import BaseSuiteConfig
 from megacontext.evaluation.demo import DemoConfig
 from megacontext.evaluation.ingest_suite import IngestSuiteConfig
+from megacontext.evaluation.substitution_suite import SubstitutionSuiteConfig
 from megacontext.runtime.session import SessionConfig
 
 CONFIG_TYPES: dict[str, type[FrozenConfig]] = {
@@ -35,6 +36,7 @@ CONFIG_TYPES: dict[str, type[FrozenConfig]] = {
     "chat": TalkConfig,
     "bench base": BaseSuiteConfig,
     "bench ingest": IngestSuiteConfig,
+    "bench substitution": SubstitutionSuiteConfig,
 }
 # Quick commands that need nothing but what came before them in the same file.
 QUICK = {"ingest", "inspect", "stats", "verify", "regist", "ask", "chat"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from typing import Any
 
 from rich.table import Table
 
@@ -13,9 +14,15 @@ from megacontext.evaluation.base_suite import BaseSuiteConfig, run_base_suite
 from megacontext.evaluation.ingest_suite import IngestSuiteConfig, run_ingest_suite
 from megacontext.evaluation.metrics import Estimate
 from megacontext.evaluation.report import suite_line
+from megacontext.evaluation.substitution_report import write_report
+from megacontext.evaluation.substitution_suite import (
+    SubstitutionSuiteConfig,
+    run_substitution_suite,
+)
 
 _QUICK_BASE = ["samples=100", "prose_windows=20"]
 _QUICK_INGEST = ["tokens=200000"]
+_QUICK_SUBSTITUTION = ["windows=32", "answers=60", "ingest_tokens=8192"]
 
 
 def run_base(arguments: argparse.Namespace) -> int:
@@ -39,6 +46,19 @@ def run_ingest(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_substitution(arguments: argparse.Namespace) -> int:
+    """Suite ``substitution``."""
+    _be_quick(arguments, _QUICK_SUBSTITUTION)
+    config = read_config(SubstitutionSuiteConfig, arguments)
+    with live_picture() as show:
+        results = run_substitution_suite(config, lambda measure: show(f"taking {measure}"))
+    line = _finish(arguments, "substitution", results, config.model, config.seed)
+    if arguments.report is not None:
+        for path in write_report(line, arguments.report):
+            console.print(f"wrote {path}")
+    return 0
+
+
 def _be_quick(arguments: argparse.Namespace, overrides: list[str]) -> None:
     if arguments.quick:
         # What is asked for by hand comes last and wins.
@@ -51,7 +71,8 @@ def _finish(
     results: dict[str, Estimate],
     model: str,
     seed: int,
-) -> None:
+) -> dict[str, Any]:
+    """Prints the table and the JSON line, and returns the line."""
     table = Table(title=f"bench {suite}", title_justify="left")
     for column in ("measure", "value", "95 % interval", "n"):
         table.add_column(column, justify="left" if column == "measure" else "right")
@@ -64,3 +85,4 @@ def _finish(
     if arguments.json is not None and arguments.json != "-":
         write_json(arguments.json, line)
     write_json("-", line)
+    return line

@@ -105,9 +105,14 @@ def _add_bench(commands: Any) -> None:
     for name, text in (
         ("base", "what the base model answers from its window"),
         ("ingest", "speed and memory of taking in a million tokens"),
+        ("substitution", "what reading gists in place of tokens costs"),
     ):
         parser = _command(suites, name, text, f"{_BENCH}:run_{name}")
         parser.add_argument("--quick", action="store_true", help="smaller samples")
+        if name == "substitution":
+            parser.add_argument(
+                "--report", type=Path, metavar="FOLDER", help="write a page and a picture there"
+            )
         add_config_options(parser)
 
 

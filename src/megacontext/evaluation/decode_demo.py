@@ -6,11 +6,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from megacontext.config import FrozenConfig
 from megacontext.runtime.base_model import BaseModel
-from megacontext.runtime.context_input import ContextInput
+from megacontext.runtime.plain_decode import continue_text, decode_plain
 from megacontext.runtime.sampling import TokenSampler
 from megacontext.runtime.session import DecodeConfig
 
@@ -49,31 +47,20 @@ def run_decode_demo(config: DecodeDemoConfig, write: Callable[[str], None]) -> d
     overrides = {k: v for k, v in options.items() if k not in ("max_new_tokens", "stop", "seed")}
     sampler = TokenSampler(base.generation_config, config.decode.seed, **overrides)
     ids = base.encode(config.prompt)
-    read = base.prefill(ContextInput(base.embed(ids), torch.arange(len(ids))), keep=1)
-    logits = first = read.logits[-1]
-    answer: list[int] = []
-    text = ""
+    reading = continue_text(base, ids)
+    first = base.prefill(reading, keep=1).logits[-1]
+    texts: list[str] = []
     started = time.perf_counter()
     write(config.prompt)
-    while len(answer) < limit:
-        token = sampler.choose(logits, torch.cat((ids, torch.tensor(answer, dtype=torch.int64))))
-        if sampler.is_end(token):
-            break
-        answer.append(token)
-        whole = base.decode(answer)
-        if stop and stop in whole:
-            break
-        if not whole.endswith("\ufffd"):
-            write(whole[len(text) :])
-            text = whole
-        position = torch.tensor([len(ids) + len(answer) - 1])
-        logits = base.step(torch.tensor([token]), position, read.cache)[-1]
+    for token in decode_plain(base, reading, ids, sampler, max_new_tokens=limit, stop=stop):
+        write(token.text)
+        texts.append(token.text)
     seconds = time.perf_counter() - started
     return {
         "model": base.name,
-        "text": text,
-        "tokens": len(answer),
-        "tokens_per_s": len(answer) / seconds,
+        "text": "".join(texts),
+        "tokens": len(texts),
+        "tokens_per_s": len(texts) / seconds,
         "logits": list(first.shape),
         "finite": bool(first.isfinite().all()),
     }

@@ -19,6 +19,7 @@ from megacontext.evaluation.metrics import Estimate, mean
 from megacontext.evaluation.sliding_window import SlidingWindow
 from megacontext.memory import Memory, Source
 from megacontext.runtime.base_model import BaseModel
+from megacontext.runtime.companions import load_gistnet
 from megacontext.runtime.engine import Engine, EngineConfig
 from megacontext.runtime.focus_loop import FocusRecord
 from megacontext.runtime.focus_policies import FocusPolicy, LexicalPolicy, RecencyPolicy
@@ -35,6 +36,7 @@ class DemoConfig(FrozenConfig):
 
     Attributes:
         model: base model.
+        gistnet: GistNet checkpoint or ``mean``; the one bundled with the model if none.
         book: text file; the bundled book if none.
         facts: how many facts are planted and asked.
         nll_points: at how many places of the stream the next tokens' NLL is measured.
@@ -45,6 +47,7 @@ class DemoConfig(FrozenConfig):
     """
 
     model: str = "bundled:tiny"
+    gistnet: str | None = None
     book: Path | None = None
     facts: int = Field(default=20, ge=1, le=200)
     nll_points: int = Field(default=96, ge=1)
@@ -136,8 +139,9 @@ class Demo:
         # The place of a fact in tokens: everything before it, tokenized as one text.
         self.fact_tokens = _token_places(base, self.text, [f.character for f in self.facts])
         self.total_tokens = len(base.encode(self.text))
-        self.memory = Memory.create(memory_path, Engine.identity(base))
-        self.engine = Engine(base, self.memory, policy=LexicalPolicy(), config=config.engine)
+        self.gistnet = load_gistnet(config.gistnet, base, config.model)
+        self.memory = Memory.create(memory_path, Engine.identity(base, self.gistnet))
+        self.engine = self._engine(LexicalPolicy())
         self.window = SlidingWindow(base, self.memory, config.engine.budget)
 
     def run(
@@ -194,6 +198,15 @@ class Demo:
             marks=self.fact_tokens,
         )
 
+    def _engine(self, policy: FocusPolicy) -> Engine:
+        return Engine(
+            self.base,
+            self.memory,
+            gistnet=self.gistnet,
+            policy=policy,
+            config=self.config.engine,
+        )
+
     def _stream(self) -> Iterator[FocusRecord]:
         source = Source(uri="demo:book", media_type="text/plain", tags=("demo",))
         return self.engine.stream(self.text, source)
@@ -228,7 +241,7 @@ class Demo:
             "window": self.window.ask(prompt, max_new_tokens=limit, stop=_STOP),
         }
         for name, policy in rivals.items():
-            rival = Engine(self.base, self.memory, policy=policy, config=self.config.engine)
+            rival = self._engine(policy)
             answers[name] = rival.ask(prompt, max_new_tokens=limit, stop=_STOP, query=fact.question)
         return Answered(fact, token, answers)
 

@@ -17,6 +17,7 @@ from megacontext.evaluation.demo import DemoConfig, read_book
 from megacontext.evaluation.metrics import Estimate
 from megacontext.memory import Memory
 from megacontext.runtime.base_model import BaseModel
+from megacontext.runtime.companions import load_gistnet
 from megacontext.runtime.engine import Engine, EngineConfig
 
 
@@ -25,6 +26,7 @@ class IngestSuiteConfig(FrozenConfig):
 
     Attributes:
         model: base model.
+        gistnet: GistNet checkpoint or ``mean``; the one bundled with the model if none.
         tokens: how many tokens, at least.
         warm_tokens: memory growth counts from here on.
         engine: budget and habits.
@@ -32,6 +34,7 @@ class IngestSuiteConfig(FrozenConfig):
     """
 
     model: str = "bundled:tiny"
+    gistnet: str | None = None
     tokens: int = Field(default=1_000_000, ge=1_000)
     warm_tokens: int = Field(default=100_000, ge=1)
     engine: EngineConfig = EngineConfig()
@@ -70,8 +73,9 @@ def run_ingest_suite(
             if progress is not None:
                 progress(count)
 
-        with Memory.create(path, Engine.identity(base)) as memory:
-            engine = Engine(base, memory, config=config.engine)
+        gistnet = load_gistnet(config.gistnet, base, config.model)
+        with Memory.create(path, Engine.identity(base, gistnet)) as memory:
+            engine = Engine(base, memory, gistnet=gistnet, config=config.engine)
             started = time.perf_counter()
             engine.ingest(endless_prose(config, base), progress=on_commit)
             seconds = time.perf_counter() - started

@@ -59,3 +59,64 @@ def mean(values: Sequence[float], *, seed: int = 0, resamples: int = 2000) -> Es
     means = sorted(math.fsum(rng.choices(values, k=n)) / n for _ in range(resamples))
     low, high = means[int(0.025 * resamples)], means[int(0.975 * resamples) - 1]
     return Estimate(math.fsum(values) / n, low, high, n)
+
+
+def ratio(
+    numerators: Sequence[float],
+    denominators: Sequence[float],
+    *,
+    seed: int = 0,
+    resamples: int = 2000,
+) -> Estimate:
+    """Mean of one measure over that of another, taken on the same samples; percentile bootstrap.
+
+    Resamples whose denominator is zero do not count.
+
+    Raises:
+        ValueError: there is no sample, the two differ in number, or the denominators' sum is zero.
+    """
+    n = len(numerators)
+    if n == 0 or n != len(denominators):
+        raise ValueError(f"a ratio needs equally many samples, got {n} and {len(denominators)}")
+    whole = math.fsum(denominators)
+    if whole == 0:
+        raise ValueError("a ratio needs denominators that do not sum to zero")
+    rng = random.Random(seed)
+    ratios: list[float] = []
+    for _ in range(resamples):
+        drawn = rng.choices(range(n), k=n)
+        below = math.fsum(denominators[i] for i in drawn)
+        if below:
+            ratios.append(math.fsum(numerators[i] for i in drawn) / below)
+    ratios.sort()
+    low, high = ratios[int(0.025 * len(ratios))], ratios[max(0, int(0.975 * len(ratios)) - 1)]
+    return Estimate(math.fsum(numerators) / whole, low, high, n)
+
+
+def rank_correlation(left: Sequence[float], right: Sequence[float]) -> float:
+    """Spearman's rank correlation (1904), ties at their mean rank; NaN where one side is constant.
+
+    Raises:
+        ValueError: the two differ in number or there are fewer than two samples.
+    """
+    if len(left) != len(right) or len(left) < 2:
+        raise ValueError(f"cannot correlate {len(left)} with {len(right)} samples")
+    first, second = _ranks(left), _ranks(right)
+    middle = (len(left) - 1) / 2
+    top = math.fsum((a - middle) * (b - middle) for a, b in zip(first, second, strict=True))
+    spread = [math.fsum((a - middle) ** 2 for a in ranks) for ranks in (first, second)]
+    return top / math.sqrt(spread[0] * spread[1]) if all(spread) else math.nan
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    order = sorted(range(len(values)), key=values.__getitem__)
+    ranks = [0.0] * len(values)
+    start = 0
+    while start < len(order):
+        end = start
+        while end + 1 < len(order) and values[order[end + 1]] == values[order[start]]:
+            end += 1
+        for place in range(start, end + 1):
+            ranks[order[place]] = (start + end) / 2
+        start = end + 1
+    return ranks

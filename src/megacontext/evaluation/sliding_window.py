@@ -9,6 +9,7 @@ from megacontext.errors import InputError
 from megacontext.memory import Memory
 from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.context_input import ContextInput
+from megacontext.runtime.plain_decode import decode_plain
 from megacontext.runtime.sampling import TokenSampler
 
 
@@ -53,14 +54,12 @@ class SlidingWindow:
         """The answer to a prompt after the whole history, up to ``stop``."""
         pending = self.base.encode(prompt)
         reading = self.context(self.memory.n_tokens, pending, max_new_tokens)
-        sampler = TokenSampler(self.base.generation_config)
-        read = self.base.prefill(reading, keep=1)
-        logits, position, answer = read.logits[-1], len(reading), list[int]()
-        while len(answer) < max_new_tokens:
-            token = sampler.choose(logits, pending)
-            if sampler.is_end(token) or stop in self.base.decode([*answer, token]):
-                break
-            answer.append(token)
-            logits = self.base.step(torch.tensor([token]), torch.tensor([position]), read.cache)[-1]
-            position += 1
-        return self.base.decode(answer)
+        tokens = decode_plain(
+            self.base,
+            reading,
+            pending,
+            TokenSampler(self.base.generation_config),
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+        )
+        return "".join(token.text for token in tokens)

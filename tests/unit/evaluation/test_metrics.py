@@ -1,10 +1,18 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megacontext.evaluation.metrics import Estimate, mean, proportion
+from megacontext.evaluation.metrics import (
+    Estimate,
+    mean,
+    proportion,
+    rank_correlation,
+    ratio,
+)
 
 # Wilson score intervals (95 %), as Newcombe (1998) and R's prop.test(correct = FALSE) give them.
 KNOWN = [
@@ -85,3 +93,30 @@ def test_results_are_rounded_and_named():
         "n": 9,
         "ci95": [0.1, 0.666667],
     }
+
+
+def test_a_ratio_is_that_of_the_sums_with_an_interval_around_it():
+    estimate = ratio([1.0, 2.0, 3.0, 6.0], [2.0, 4.0, 6.0, 8.0])
+    assert estimate.value == pytest.approx(0.6)
+    assert estimate.low <= 0.6 <= estimate.high
+    # Proportional samples leave no doubt.
+    sure = ratio([1.0, 2.0, 3.0], [4.0, 8.0, 12.0])
+    assert (sure.low, sure.value, sure.high) == pytest.approx((0.25, 0.25, 0.25))
+
+
+@pytest.mark.parametrize(("above", "below"), [([], []), ([1.0], [1.0, 2.0]), ([1.0], [0.0])])
+def test_what_is_no_ratio_is_refused(above, below):
+    with pytest.raises(ValueError, match="ratio"):
+        ratio(above, below)
+
+
+def test_rank_correlation_has_the_textbook_values():
+    assert rank_correlation([1, 2, 3], [10, 20, 900]) == pytest.approx(1.0)
+    assert rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1.0)
+    # Spearman's ρ of these ten pairs is -29/165.
+    left = [106, 100, 86, 101, 99, 103, 97, 113, 112, 110]
+    right = [7, 27, 2, 50, 28, 29, 20, 12, 6, 17]
+    assert rank_correlation(left, right) == pytest.approx(-29 / 165)
+    # Ties share their mean rank.
+    assert rank_correlation([1, 1, 2, 2], [1, 1, 2, 2]) == pytest.approx(1.0)
+    assert math.isnan(rank_correlation([1, 1, 1], [1, 2, 3]))
