@@ -6,6 +6,8 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
 
 from megacontext.tasks.documents import Piece, Theme
 from megacontext.tasks.fact_themes import FactThemes
@@ -37,9 +39,14 @@ class Prose:
 
     texts: Sequence[str]
 
+    @cached_property
+    def _lengths(self) -> list[int]:
+        """Characters up to the end of each text; summed once, since slices are drawn by the row."""
+        return list(accumulate(map(len, self.texts)))
+
     def slice(self, rng: random.Random, characters: int) -> str:
         """A random stretch of one text, from the start of a sentence."""
-        text = rng.choices(self.texts, weights=[len(text) for text in self.texts])[0]
+        text = rng.choices(self.texts, cum_weights=self._lengths)[0]
         start = rng.randrange(max(1, len(text) - characters - 400))
         boundary = _SENTENCE_END.search(text, start, start + 400)
         begin = boundary.end() if boundary and start else start
