@@ -39,7 +39,7 @@ def window_states(
     Returns:
         ``[batch, raw, d_model]``; the model's head turns them into logits.
     """
-    decoder = base.model.get_decoder() if decoder is None else decoder
+    decoder = _decoder_of(base, decoder)
     rows = _gather(buffers.embeddings, layout.tokens)
     if not layout.n_gists:
         return plain_states(base, rows, layout.positions, decoder=decoder)
@@ -64,9 +64,13 @@ def plain_states(
         positions: int64 ``[batch, n]``.
         decoder: the base's decoder, if it was compiled.
     """
-    decoder = base.model.get_decoder() if decoder is None else decoder
+    decoder = _decoder_of(base, decoder)
     output = decoder(inputs_embeds=rows.to(base.dtype), position_ids=positions, use_cache=False)
     return output.last_hidden_state
+
+
+def _decoder_of(base: BaseModel, compiled: Decoder | None) -> Decoder:
+    return base.model.get_decoder() if compiled is None else compiled
 
 
 def _behind_gists(

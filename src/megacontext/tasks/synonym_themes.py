@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 from megacontext.tasks.documents import Question, Theme
 from megacontext.tasks.vocabulary import Split, Vocabulary, in_split
@@ -102,7 +103,7 @@ class SynonymThemes:
     def _value(self, kind: str) -> str:
         return self.vocabulary.digits(5) if kind == "digits" else self.vocabulary.value(kind)
 
-    def _subject(self, nouns: list[str], taken: set[str]) -> tuple[list[str], list[str]]:
+    def _subject(self, nouns: Sequence[str], taken: set[str]) -> tuple[list[str], list[str]]:
         """An adjective and a noun, two words each, that were not taken together before."""
         while True:
             adjective, noun = self.rng.choice(_ADJECTIVES), self.rng.choice(nouns)
