@@ -12,9 +12,7 @@ from megacontext.tasks.documents import Question, Theme
 from megacontext.tasks.vocabulary import Split, Vocabulary, in_split
 
 # Pairs ``this/that`` of words that mean the same.
-_ADJECTIVES: list[
-    str
-] = """ancient/aged angry/furious big/large bold/daring bright/shining broken/cracked
+_ADJECTIVES = """ancient/aged angry/furious big/large bold/daring bright/shining broken/cracked
 careful/cautious clever/smart cold/chilly crazy/mad cruel/brutal damp/wet dirty/filthy drowsy/sleepy
 empty/vacant evil/wicked famous/renowned fast/quick fat/stout foolish/silly foreign/alien
 frightened/scared gentle/mild glad/happy handsome/beautiful hidden/secret honest/truthful
@@ -22,18 +20,14 @@ hungry/starving idle/lazy lonely/solitary loyal/faithful lucky/fortunate modern/
 pale/white poor/penniless proud/haughty quiet/silent rich/wealthy sad/unhappy sick/ill
 sincere/earnest slender/thin small/little soft/tender stubborn/obstinate sturdy/strong tired/weary
 ugly/hideous vast/huge worn/shabby""".split()
-_PEOPLE: list[
-    str
-] = """bandit/robber beggar/pauper boy/lad buccaneer/pirate chef/cook chieftain/leader
+_PEOPLE = """bandit/robber beggar/pauper boy/lad buccaneer/pirate chef/cook chieftain/leader
 child/youngster clergyman/parson doctor/physician druggist/chemist emperor/monarch enemy/foe
 envoy/messenger farmer/ploughman fiddler/violinist forester/woodman friend/comrade girl/lass
 guard/sentry guest/visitor infant/baby innkeeper/landlord jester/clown lady/gentlewoman
 lawyer/attorney minstrel/singer orator/speaker pilgrim/wanderer pupil/scholar relative/kinsman
 sailor/mariner servant/footman seamstress/dressmaker soldier/warrior spouse/wife thief/burglar
 tutor/teacher witch/sorceress wizard/magician writer/author""".split()
-_OBJECTS: list[
-    str
-] = """attire/clothing blade/sword boat/vessel bucket/pail carriage/coach casket/chest
+_OBJECTS = """attire/clothing blade/sword boat/vessel bucket/pail carriage/coach casket/chest
 cellar/basement cottage/hut couch/sofa cup/mug dagger/knife estate/manor forest/wood garret/attic
 gem/jewel gift/present harbour/port hill/mound jail/prison lamp/lantern letter/epistle marsh/swamp
 meadow/pasture painting/picture parcel/package path/trail pond/pool road/highway robe/gown rope/cord
