@@ -97,7 +97,9 @@ class SynonymThemes:
     def _value(self, kind: str) -> str:
         return self.vocabulary.digits(5) if kind == "digits" else self.vocabulary.value(kind)
 
-    def _subject(self, nouns: Sequence[str], taken: set[str]) -> tuple[list[str], list[str]]:
+    def _subject(
+        self, nouns: Sequence[str], taken: set[str]
+    ) -> tuple[Sequence[str], Sequence[str]]:
         """An adjective and a noun, two words each, that were not taken together before."""
         while True:
             adjective, noun = self.rng.choice(_ADJECTIVES), self.rng.choice(nouns)
