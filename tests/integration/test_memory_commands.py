@@ -206,7 +206,7 @@ def test_regist_rebuilds_the_gists_for_another_gistnet(megacontext, tmp_path, te
 
 
 def test_a_budget_matters_when_something_is_read(megacontext, tmp_path, text):
-    memory, small = tmp_path / "m.mctx", ["engine.budget=256", "engine.tail_tokens=256"]
+    memory, small = tmp_path / "m.mctx", ["engine.budget=256", "engine.tail_tokens=255"]
     assert megacontext("ingest", memory, text, "--set", *small).status == 0
     assert "budget" in megacontext("ask", "--memory", memory, "What?", "--set", *small).complaint
 

@@ -47,7 +47,7 @@ class DemoConfig(FrozenConfig):
     """
 
     model: str = "bundled:tiny"
-    gistnet: str | None = None
+    gistnet: str | Path | None = None
     book: Path | None = None
     facts: int = Field(default=20, ge=1, le=200)
     nll_points: int = Field(default=96, ge=1)

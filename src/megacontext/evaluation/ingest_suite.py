@@ -34,7 +34,7 @@ class IngestSuiteConfig(FrozenConfig):
     """
 
     model: str = "bundled:tiny"
-    gistnet: str | None = None
+    gistnet: str | Path | None = None
     tokens: int = Field(default=1_000_000, ge=1_000)
     warm_tokens: int = Field(default=100_000, ge=1)
     engine: EngineConfig = EngineConfig()

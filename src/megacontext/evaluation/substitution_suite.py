@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from pydantic import Field
@@ -43,7 +44,7 @@ class SubstitutionSuiteConfig(FrozenConfig):
     """
 
     model: str = "bundled:tiny"
-    gistnet: str | None = None
+    gistnet: str | Path | None = None
     windows: int = Field(default=200, ge=2)
     answers: int = Field(default=300, ge=2)
     context_blocks: int = Field(default=16, ge=8)

@@ -15,7 +15,7 @@ from megacontext.runtime.model_loading import BUNDLED_PREFIX
 MEAN = "mean"
 
 
-def load_gistnet(name: str | None, base: BaseModel, model: str) -> GistNet:
+def load_gistnet(name: str | Path | None, base: BaseModel, model: str) -> GistNet:
     """The GistNet to use with a base model.
 
     Args:

@@ -45,7 +45,7 @@ class SessionConfig(FrozenConfig):
     model: str = "bundled:tiny"
     dtype: str = "float32"
     device: str = "cpu"
-    gistnet: str | None = None
+    gistnet: str | Path | None = None
     lens: Path | None = None
     policy: PolicyName = "lexical"
     engine: EngineConfig = EngineConfig()
