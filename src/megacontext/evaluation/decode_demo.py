@@ -8,7 +8,7 @@ from typing import Any
 
 from megacontext.config import FrozenConfig
 from megacontext.runtime.base_model import BaseModel
-from megacontext.runtime.plain_decode import continue_text, decode_plain
+from megacontext.runtime.plain_decode import decode_plain, raw_context
 from megacontext.runtime.sampling import TokenSampler
 from megacontext.runtime.session import DecodeConfig
 
@@ -47,12 +47,12 @@ def run_decode_demo(config: DecodeDemoConfig, write: Callable[[str], None]) -> d
     overrides = {k: v for k, v in options.items() if k not in ("max_new_tokens", "stop", "seed")}
     sampler = TokenSampler(base.generation_config, config.decode.seed, **overrides)
     ids = base.encode(config.prompt)
-    reading = continue_text(base, ids)
-    first = base.prefill(reading, keep=1).logits[-1]
+    read = base.prefill(raw_context(base, ids), keep=1)
+    first = read.logits[-1]
     texts: list[str] = []
     started = time.perf_counter()
     write(config.prompt)
-    for token in decode_plain(base, reading, ids, sampler, max_new_tokens=limit, stop=stop):
+    for token in decode_plain(base, read, ids, sampler, max_new_tokens=limit, stop=stop):
         write(token.text)
         texts.append(token.text)
     seconds = time.perf_counter() - started

@@ -12,6 +12,7 @@ from torch import Tensor
 from megacontext.gistnet import GistNet
 from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.context_input import ContextInput
+from megacontext.runtime.plain_decode import raw_context
 from megacontext.tasks.documents import QUESTION_TEMPLATE, Piece
 from megacontext.tasks.fact_themes import FactThemes
 from megacontext.tasks.recall_documents import Prose, RecallDocuments
@@ -94,7 +95,7 @@ def answer_all(
     right: dict[str, list[bool]] = {arm: [] for arm in ARMS}
     for question in questions:
         contexts = {
-            "full": _raw(base, question.context),
+            "full": raw_context(base, question.context),
             "gist": _gists(base, gistnet, question.context),
             "no_evidence": None,
         }
@@ -127,11 +128,6 @@ def _is_right(base: BaseModel, context: ContextInput | None, question: FactQuest
         )
     logits = base.prefill(joined, keep=len(target)).logits
     return bool((logits.argmax(-1).cpu() == target).all())
-
-
-def _raw(base: BaseModel, ids: Tensor) -> ContextInput:
-    rows = base.embed(ids)
-    return ContextInput(rows, torch.arange(len(rows), device=rows.device))
 
 
 def _gists(base: BaseModel, gistnet: GistNet, ids: Tensor) -> ContextInput:

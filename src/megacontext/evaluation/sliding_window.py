@@ -9,7 +9,7 @@ from megacontext.errors import InputError
 from megacontext.memory import Memory
 from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.context_input import ContextInput
-from megacontext.runtime.plain_decode import decode_plain
+from megacontext.runtime.plain_decode import decode_plain, raw_context
 from megacontext.runtime.sampling import TokenSampler
 
 
@@ -43,7 +43,7 @@ class SlidingWindow:
             )
         tokens = self.memory.tokens(max(0, cursor - room), cursor).long()
         ids = torch.cat((tokens, pending))
-        return ContextInput(self.base.embed(ids), torch.arange(len(ids)))
+        return raw_context(self.base, ids)
 
     def nll(self, cursor: int, targets: Tensor) -> Tensor:
         """NLL in nats, ``[h]`` float32, of the tokens that follow ``cursor``."""
@@ -56,7 +56,7 @@ class SlidingWindow:
         reading = self.context(self.memory.n_tokens, pending, max_new_tokens)
         tokens = decode_plain(
             self.base,
-            reading,
+            self.base.prefill(reading, keep=1),
             pending,
             TokenSampler(self.base.generation_config),
             max_new_tokens=max_new_tokens,

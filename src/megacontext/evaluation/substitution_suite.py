@@ -20,7 +20,7 @@ from megacontext.evaluation.substitution import HORIZON, Substitution, WindowNLL
 from megacontext.gistnet import GistNet
 from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.companions import load_gistnet
-from megacontext.runtime.context_input import ContextInput
+from megacontext.runtime.plain_decode import raw_context
 from megacontext.tasks.recall_documents import Prose, RecallDocuments
 
 _HORIZONS = (32, 64, HORIZON)
@@ -207,8 +207,7 @@ def _ingest_ratio(
 
     def prefill() -> None:
         for chunk in ids.split(window):
-            rows = base.embed(chunk)
-            base.prefill(ContextInput(rows, torch.arange(len(rows), device=rows.device)), keep=1)
+            base.prefill(raw_context(base, chunk), keep=1)
 
     seconds: dict[str, list[float]] = {"gists": [], "prefill": []}
     for turn in range(rounds + 1):

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from megacontext.runtime.answer import Answer, DecodedToken
-from megacontext.runtime.base_model import BaseModel
+from megacontext.runtime.base_model import BaseModel, Prefill
 from megacontext.runtime.context_input import ContextInput
 from megacontext.runtime.sampling import TokenSampler
 
 
 def decode_plain(
     base: BaseModel,
-    reading: ContextInput,
+    read: Prefill,
     prompt: Tensor,
     sampler: TokenSampler,
     *,
@@ -26,7 +26,7 @@ def decode_plain(
 
     Args:
         base: the model.
-        reading: what it reads, the prompt included; at least one row.
+        read: what it has read, the prompt included; its cache grows by the answer.
         prompt: ``[p]`` int64, the tokens the sampler's penalties count as said before.
         sampler: chooses the tokens.
         max_new_tokens: most tokens.
@@ -35,7 +35,6 @@ def decode_plain(
     Yields:
         The tokens of the answer; their ``round`` is 0.
     """
-    read = base.prefill(reading, keep=1)
     logits = read.logits[-1]
     answer = Answer(base, prompt, 0, stop)
     for count in range(max_new_tokens):
@@ -51,6 +50,6 @@ def decode_plain(
     yield from answer.finish()
 
 
-def continue_text(base: BaseModel, ids: Tensor) -> ContextInput:
+def raw_context(base: BaseModel, ids: Tensor) -> ContextInput:
     """Raw tokens ``[n]`` alone as a context."""
     return ContextInput(base.embed(ids), torch.arange(len(ids), device=base.device))

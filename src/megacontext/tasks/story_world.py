@@ -65,14 +65,6 @@ class _Gift:
     taker: str
 
 
-def _told_by(gift: _Gift) -> set[tuple[str, str]]:
-    """Relations and entities whose newest value a gift sets."""
-    return {
-        ("giver", gift.thing), ("taker", gift.thing), ("gave", gift.giver),
-        ("received", gift.taker),
-    }  # fmt: skip
-
-
 class StoryWorld:
     """Draws stories of one bAbI-like kind.
 
@@ -221,12 +213,16 @@ class _Story:
         facts += [("from", p.name, p.came_from) for p in self.people.values() if p.came_from]
         facts += [("holder", thing, owner) for thing, owner in self.owner.items()]
         facts += [("carries", owner, thing) for thing, owner in self.owner.items()]
+        newest: dict[tuple[str, str], str] = {}
         for gift in self.gifts:
-            facts = [f for f in facts if f[:2] not in _told_by(gift)]
-            facts += [
+            for relation, entity, value in (
                 ("giver", gift.thing, gift.giver), ("taker", gift.thing, gift.taker),
                 ("gave", gift.giver, gift.thing), ("received", gift.taker, gift.thing),
-            ]  # fmt: skip
+            ):  # fmt: skip
+                # Taken out first, so that the newest come last.
+                newest.pop((relation, entity), None)
+                newest[relation, entity] = value
+        facts += [(relation, entity, value) for (relation, entity), value in newest.items()]
         if self.kind in ("qa2", "qa3"):
             for thing, trail in self.thing_places.items():
                 facts += [("where", thing, trail[-1])] if trail else []

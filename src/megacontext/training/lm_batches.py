@@ -94,6 +94,22 @@ def read_documents(paths: Sequence[Path]) -> list[str]:
     return documents
 
 
+def split_corpus(paths: Sequence[Path], held_out_every: int) -> tuple[Prose, Prose]:
+    """The documents of text files: those to train on, and every n-th, which is held out.
+
+    Raises:
+        DataError: a file cannot be read, or there are fewer than ``held_out_every`` documents.
+    """
+    documents = read_documents(paths)
+    if len(documents) < held_out_every:
+        raise DataError(
+            f"the corpus has {len(documents)} documents, too few to hold out one in "
+            f"{held_out_every}; add text or lower `held_out_every`"
+        )
+    training = [text for number, text in enumerate(documents) if number % held_out_every]
+    return Prose(training), Prose(documents[::held_out_every])
+
+
 def _decompressed(raw: bytes) -> bytes:
     """The content of all frames; a frame that ends early is an error, unlike in a stream reader."""
     parts: list[bytes] = []

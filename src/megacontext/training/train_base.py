@@ -21,14 +21,14 @@ from megacontext.checkpoints import seeded_init
 from megacontext.config import FrozenConfig
 from megacontext.errors import ConfigError, DataError, TrainingError
 from megacontext.runtime.model_loading import parse_device
-from megacontext.tasks.recall_documents import Prose, RecallDocuments
+from megacontext.tasks.recall_documents import RecallDocuments
 from megacontext.training.lm_batches import (
     LMBatch,
     MixtureConfig,
     PlannedStep,
     RowSampler,
     batches,
-    read_documents,
+    split_corpus,
 )
 from megacontext.training.optimizers import HybridOptimizer, OptimizerConfig
 from megacontext.training.recall_probe import probe_recall
@@ -152,15 +152,7 @@ class BaseTrainer:
         self.config = config
         device = parse_device(config.device)
         config.output.mkdir(parents=True, exist_ok=True)
-        documents = read_documents(config.corpus)
-        if len(documents) < config.held_out_every:
-            raise DataError(
-                f"the corpus has {len(documents)} documents, too few to hold out one in "
-                f"{config.held_out_every}; add text or lower `held_out_every`"
-            )
-        held_out = config.held_out_every
-        self.training = Prose([d for i, d in enumerate(documents) if i % held_out])
-        self.held_out = Prose(documents[::held_out])
+        self.training, self.held_out = split_corpus(config.corpus, config.held_out_every)
         self.tokenizer = self._load_or_train_tokenizer()
         with seeded_init(config.seed):
             self.model = config.architecture.build()

@@ -15,13 +15,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from megacontext.config import FrozenConfig
-from megacontext.errors import ConfigError, DataError, TrainingError
+from megacontext.errors import ConfigError, TrainingError
 from megacontext.gistnet import GistNet, GistNetConfig
 from megacontext.gistnet.config import PoolingKind, ReaderKind
 from megacontext.runtime.architectures import attention_modules
 from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.companions import require_fit
-from megacontext.tasks.recall_documents import Prose
 from megacontext.training.gist_batches import (
     GistPhase,
     GistRows,
@@ -30,7 +29,7 @@ from megacontext.training.gist_batches import (
     gist_batches,
 )
 from megacontext.training.gist_objective import GistBatch, GistObjective, ObjectiveConfig
-from megacontext.training.lm_batches import MixtureConfig, RowSampler, read_documents
+from megacontext.training.lm_batches import MixtureConfig, RowSampler, split_corpus
 from megacontext.training.optimizers import HybridOptimizer, OptimizerConfig
 from megacontext.training.prepared_dataset import PreparedDataset
 from megacontext.training.run_log import JsonlLog, RunLogs, WandbLog, training_progress
@@ -206,7 +205,7 @@ class GistTrainer:
         self.optimizer = HybridOptimizer(self.parameters.items(), config.optimizer)
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         samplers = self._samplers()
-        self.rows = self._plan(samplers["training"], first=0)
+        self.rows = self._plan(samplers["training"])
         self.probe_rows = self._probe_plan(samplers["held_out"])
         self.log = RunLogs(JsonlLog(config.output / "log.jsonl"))
         self.step = 0
@@ -299,9 +298,9 @@ class GistTrainer:
             objective = self.accelerator.unwrap_model(self.objective)
             phase = self._phase_now()
             for kind, rows in self.probe_rows.items():
+                rows.plan = [GistStep(phase, rows.plan[0].sampler)] * self.config.probe_batches
                 values: list[float] = []
-                for index in range(self.config.probe_batches):
-                    rows.plan = [GistStep(phase, rows.plan[0].sampler)] * self.config.probe_batches
+                for index in range(len(rows)):
                     with self._autocast():
                         terms = objective(rows[index].to(self.base.device))
                     values.append(float(terms["kl"]))
@@ -326,32 +325,22 @@ class GistTrainer:
 
     def _samplers(self) -> dict[str, RowSampler]:
         config = self.config
-        documents = read_documents(config.corpus)
-        every = config.held_out_every
-        if len(documents) < every:
-            raise DataError(
-                f"the corpus has {len(documents)} documents, too few to hold out one in {every}; "
-                "add text or lower `held_out_every`"
-            )
         tokenizer = self.base.tokenizer
         if not getattr(tokenizer, "is_fast", False) or tokenizer.eos_token is None:
             raise ConfigError(
                 f"{self.base.name}: needs a fast tokenizer with an end-of-text token to be trained "
                 "on generated texts"
             )
-        texts = {
-            "training": [d for i, d in enumerate(documents) if i % every],
-            "held_out": documents[::every],
-        }
+        training, held_out = split_corpus(config.corpus, config.held_out_every)
         return {
             split: RowSampler(
-                tokenizer.backend_tokenizer, Prose(part), config.mixture, config.seed,
+                tokenizer.backend_tokenizer, prose, config.mixture, config.seed,
                 tokenizer.eos_token,
             )
-            for split, part in texts.items()
+            for split, prose in (("training", training), ("held_out", held_out))
         }  # fmt: skip
 
-    def _plan(self, sampler: RowSampler, first: int) -> GistRows:
+    def _plan(self, sampler: RowSampler) -> GistRows:
         config = self.config
         prepared = [PreparedDataset.open(folder, self.base) for folder in config.prepared]
         for dataset in prepared:
@@ -370,7 +359,6 @@ class GistTrainer:
             prepared_share=config.prepared_share,
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
-            first=first,
         )
 
     def _probe_plan(self, sampler: RowSampler) -> dict[str, GistRows]:
