@@ -124,6 +124,18 @@ def _person(events: Sequence[Event], who: str) -> set[str | None]:
     return {place_of(events, who)}
 
 
+def _holder(events: Sequence[Event], thing: str) -> set[str | None]:
+    return {holder_of(events, thing)}
+
+
+def _left(events: Sequence[Event], thing: str) -> set[str | None]:
+    """Who dropped a thing that nobody has."""
+    for kind, parts in reversed(events):
+        if kind in ("get", "drop", "give") and parts["thing"] == thing:
+            return {parts["who"]} if kind == "drop" else set()
+    return set()
+
+
 def _before(events: Sequence[Event], thing: str, place: str) -> set[str | None]:
     trail = trail_of(events, thing)
     latest = len(trail) - 1 - trail[::-1].index(place)
@@ -162,6 +174,8 @@ def _neighbours(events: Sequence[Event], place: str, way: str, sign: int) -> set
 _QUESTIONS = (
     (r"Where is the (\w+)\?", _thing),
     (r"Where is ([\w ]+)\?", _person),
+    (r"Who has the (\w+)\?", _holder),
+    (r"Who left the (\w+)\?", _left),
     (r"Where was the (\w+) before the (\w+)\?", _before),
     (r"What did ([\w ]+) give to ([\w ]+)\?", lambda e, a, b: _gift(e, "thing", who=a, to=b)),
     (r"Who gave the (\w+) to ([\w ]+)\?", lambda e, t, b: _gift(e, "who", thing=t, to=b)),

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from story_oracle import allowed_answers, check_plausible, grid_of, read
+from story_oracle import (
+    allowed_answers,
+    check_plausible,
+    grid_of,
+    holder_of,
+    place_of,
+    read,
+)
 
+from megacontext.tasks.documents import final_answer
 from megacontext.tasks.story_world import STORY_KINDS, StoryWorld
 
 SEEDS = st.integers(0, 2**32 - 1)
 SPLITS = st.sampled_from(["train", "held_out"])
 # Stories of many facts are also asked about the steps on the way.
-SIDE_KINDS = {"qa2": ("qa1", "qa3"), "qa3": ("qa1", "qa2"), "qa5": ("qa1",)}
+SIDE_KINDS = {
+    "qa2": ("qa1", "qa3", "holder"),
+    "qa3": ("qa1", "qa2", "holder"),
+    "qa5": ("qa1", "holder"),
+}
 
 
 def tell(seed, kind, sentences, split="train", babi_share=0.5, at_end=0):
@@ -34,6 +47,58 @@ def test_every_answer_is_the_only_right_one(kind, seed, sentences, split, babi_s
     for question in theme.questions:
         told = theme.statements[: question.after]
         assert allowed_answers(told, question.text) == {question.answer}, question
+
+
+@pytest.mark.parametrize("kind", ["qa1", "qa2", "qa3", "qa5"])
+@settings(max_examples=60)
+@given(seed=SEEDS, sentences=st.integers(2, 40), split=SPLITS)
+def test_the_evidence_alone_gives_the_answer(kind, seed, sentences, split):
+    theme = tell(seed, kind, sentences, split, at_end=4)
+    for question in theme.questions:
+        assert question.evidence == question.needed
+        events = [read(theme.statements[index]) for index in sorted(question.evidence)]
+        if " left the " in question.notes:
+            # That somebody who drops a thing had it need not be said.
+            (drop,) = [parts for event, parts in events if event == "drop"]
+            assert place_of(events, drop["who"]) == question.answer
+        else:
+            told = [theme.statements[index] for index in sorted(question.evidence)]
+            assert allowed_answers(told, question.text) == {question.answer}
+
+
+NOTE = re.compile(
+    r"(?P<has>.+) has the (?P<held>\w+)\. (?P<who>.+) is in the (?P<now>\w+)\."
+    r"|(?P<left>.+) left the (?P<lost>\w+)\. The (?P<same>\w+) is in the (?P<there>\w+)\."
+    r"|(?P<took>.+) took it to the (?P<to>\w+)\. (?P<came>.+) came from the (?P<off>\w+)\."
+)
+
+
+@pytest.mark.parametrize("kind", ["qa2", "qa3"])
+@settings(max_examples=60)
+@given(seed=SEEDS, sentences=st.integers(2, 40), split=SPLITS)
+def test_notes_are_true_and_end_with_the_answer(kind, seed, sentences, split):
+    theme = tell(seed, kind, sentences, split, at_end=4)
+    events = [read(sentence) for sentence in theme.statements]
+    for question in theme.questions:
+        assert final_answer(question.written) == question.answer
+        if question.family in ("qa1", "holder"):
+            assert question.notes == ""
+            continue
+        note = NOTE.fullmatch(question.notes)
+        assert note is not None, question.notes
+        if note["has"]:
+            assert holder_of(events, note["held"]) == note["has"] == note["who"]
+            assert place_of(events, note["who"]) == note["now"] == question.answer
+        elif note["left"]:
+            assert allowed_answers(theme.statements, f"Who left the {note['lost']}?") == {
+                note["left"]
+            }
+            assert note["same"] == note["lost"]
+            assert note["there"] == question.answer
+        else:
+            assert note["took"] == note["came"]
+            assert note["off"] == question.answer
+            assert question.text.endswith(f"before the {note['to']}?")
 
 
 @pytest.mark.parametrize("kind", [kind for kind in STORY_KINDS if kind != "qa4"])

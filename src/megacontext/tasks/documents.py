@@ -14,6 +14,10 @@ PieceKind = Literal["prose", "statement", "question", "answer", "copy"]
 
 QUESTION_TEMPLATE = "\nQuestion: {question}\nAnswer:"
 
+# Between notes and the answer they lead to. Words of notes have a space before them, as in stories:
+# to a byte-level tokenizer, and so to a model that copies, a name without it is another word.
+CONCLUSION = " So:"
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -47,6 +51,10 @@ class Question:
         family: the kind of question, for reports.
         lasting: whether the answer stays right whatever the theme says later.
         facts: what has to be found out on the way to the answer.
+        notes: what the model shall write down on its way to the answer; empty where one look
+            suffices (a scratchpad, arXiv 2112.00114).
+        evidence: statements that have to be read, by index, in the order in which they are needed;
+            empty where that is the newest of the first ``after`` alone, see :attr:`needed`.
     """
 
     text: str
@@ -55,13 +63,30 @@ class Question:
     family: str
     lasting: bool = True
     facts: tuple[WorldFact, ...] = ()
+    notes: str = ""
+    evidence: tuple[int, ...] = ()
+
+    @property
+    def needed(self) -> tuple[int, ...]:
+        """Indices of the statements that have to be read; none where nothing answers."""
+        return self.evidence or ((self.after - 1,) if self.after else ())
 
     def pieces(self, mark: int = -1) -> list[Piece]:
         """The question as the model reads it and the answer as it shall write it."""
         return [
             Piece(QUESTION_TEMPLATE.format(question=self.text), "question", facts=self.facts),
-            Piece(f" {self.answer}\n", "answer", self.family, mark),
+            Piece(f" {self.written}\n", "answer", self.family, mark),
         ]
+
+    @property
+    def written(self) -> str:
+        """The answer as the model shall write it, after its notes."""
+        return f"{self.notes}{CONCLUSION} {self.answer}" if self.notes else self.answer
+
+
+def final_answer(written: str) -> str:
+    """What a model answers, without the notes that it may have written before."""
+    return written.rpartition(CONCLUSION)[2].strip()
 
 
 @dataclass(frozen=True)

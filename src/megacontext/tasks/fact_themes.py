@@ -157,20 +157,21 @@ class FactThemes:
         A question asks for all numbers of a thing, in the order in which they were stated.
         """
         statements: list[str] = []
-        last: dict[str, tuple[int, list[str]]] = {}
+        last: dict[str, tuple[list[int], list[str]]] = {}
         labels = self._labels(max(1, count // 3))
         for _ in range(count):
             label = self.rng.choice(labels)
-            values = last.get(label, (0, []))[1]
+            places, values = last.get(label, ([], []))
             if len(values) == 4:
                 continue
             value = self._value(f"digits{self.rng.randint(3, 7)}")
             statements.append(self.rng.choice(_CODE_STATEMENTS).format(k=label, v=value))
-            last[label] = len(statements), [*values, value]
+            last[label] = [*places, len(statements) - 1], [*values, value]
         questions: list[Question] = []
-        for label, (after, values) in last.items():
+        for label, (places, values) in last.items():
             asked = self.rng.choice(_SEVERAL_QUESTIONS).format(k=label)
-            questions.append(Question(asked, ", ".join(values), after, "codes"))
+            answer, after = ", ".join(values), places[-1] + 1
+            questions.append(Question(asked, answer, after, "codes", evidence=tuple(places)))
         return Theme(statements, questions)
 
     def plain(self, count: int) -> Theme:
@@ -246,14 +247,14 @@ class FactThemes:
         for _ in range(chains):
             value = self.vocabulary.digits(5)
             source = value
+            first = len(statements)
             for _ in range(self.rng.randint(1, hops)):
                 name = self._variable(taken)
                 statements.append(f"VAR {name} = {source}.")
-                questions.append(
-                    Question(
-                        f"What is the value of VAR {name}?", value, len(statements), "variable"
-                    )
-                )
+                after = len(statements)
+                asked = f"What is the value of VAR {name}?"
+                chain = tuple(range(after - 1, first - 1, -1))
+                questions.append(Question(asked, value, after, "variable", evidence=chain))
                 source = f"VAR {name}"
         return Theme(statements, questions)
 

@@ -25,12 +25,13 @@ _TOLD_FIRST = 0.8
 _LONE_QUESTION = 0.15
 _FRAGMENTED = 0.4
 _STORY_WEIGHTS = {
-    "qa1": 1.5, "qa2": 6, "qa3": 7, "qa4": 8, "qa5": 5, "qa6": 0.7, "qa7": 0.7, "qa8": 0.7,
+    "qa1": 1.5, "qa2": 6, "qa3": 7, "qa4": 4, "qa5": 6, "qa6": 0.7, "qa7": 0.7, "qa8": 0.7,
     "qa9": 0.7, "qa10": 0.7,
 }  # fmt: skip
 _MOST_SENTENCES = {"qa1": 14, "qa2": 50, "qa3": 110, "qa4": 7}
-# Characters of a story's sentence, alone and with its share of the questions asked on the way.
-_SENTENCE, _SENTENCE_ASKED = 32, 65
+# Characters of a story's sentence, alone and with its share of the questions asked on the way, and
+# of a question with its answer.
+_SENTENCE, _SENTENCE_ASKED, _QUESTION = 32, 85, 95
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,9 @@ class RecallDocuments:
                 mark = base + question.after - 1 if question.after else -1
                 timeline.append((asked, order, question.pieces(mark)))
                 order += 1
-        sentences = _sentences(noise)
-        for index, sentence in enumerate(sentences):
-            timeline.append(((index + 0.5) / len(sentences), -1, [Piece(sentence, "prose")]))
+        told = sentences(noise)
+        for index, sentence in enumerate(told):
+            timeline.append(((index + 0.5) / len(told), -1, [Piece(sentence, "prose")]))
         timeline.sort(key=lambda event: (event[0], event[1]))
         return _spaced([piece for _, _, pieces in timeline for piece in pieces])
 
@@ -154,8 +155,8 @@ class RecallDocuments:
         at_end = 0
         if self.rng.random() < _TOLD_FIRST:
             at_end = 1 if self.rng.random() < _LONE_QUESTION else self.rng.randint(3, 8)
-        room = (characters - 50 * at_end) // (_SENTENCE if at_end else _SENTENCE_ASKED)
-        longest = min(_MOST_SENTENCES.get(kind, 40), max(4, room))
+        room = (characters - _QUESTION * at_end) // (_SENTENCE if at_end else _SENTENCE_ASKED)
+        longest = min(_MOST_SENTENCES.get(kind, 40), max(6, room))
         shortest = 2 if self.rng.random() < 0.5 else max(2, longest // 2)
         return self.stories.story(kind, self.rng.randint(shortest, longest), at_end)
 
@@ -169,7 +170,8 @@ class RecallDocuments:
         return [draw(self.rng.randint(max(1, count // 2), min(count, 24))) for draw in chosen]
 
 
-def _sentences(text: str) -> list[str]:
+def sentences(text: str) -> list[str]:
+    """The sentences of a text, each with the line breaks behind it."""
     pieces: list[str] = []
     last = 0
     for match in _SENTENCE_END.finditer(text):

@@ -38,12 +38,18 @@ _OFFSETS = {"north": (0, 1), "south": (0, -1), "east": (1, 0), "west": (-1, 0)}
 _NUMBERS = ("none", "one", "two", "three", "four", "five", "six")
 
 # What a story of many facts is also asked about: the steps on the way to its own questions.
-_SIDE_QUESTION = 0.3
+_SIDE_QUESTION = 0.4
 # Share of places put across from a neighbour, and of questions about a place with two neighbours.
 _HARD_SIDES = 0.6
+# Share of questions after a thing that are about one nobody has, where there is one.
+_LEFT_THING = 0.6
 # Against one question in the words of a sentence, how rare one is that turns the direction round.
 _TURNED = 2.5
-_SIDE_KINDS = {"qa2": ("qa1", "qa3"), "qa3": ("qa1", "qa2"), "qa5": ("qa1",)}
+_SIDE_KINDS = {
+    "qa2": ("qa1", "qa3", "holder", "holder", "holder"),
+    "qa3": ("qa1", "qa2", "holder"),
+    "qa5": ("qa1", "holder", "holder"),
+}
 
 STORY_KINDS = ("qa1", "qa2", "qa3", "qa4", "qa5", "qa6", "qa7", "qa8", "qa9", "qa10")
 
@@ -56,6 +62,36 @@ class _Person:
     denied: str | None = None
     either: tuple[str, str] | None = None
     holds: list[str] = field(default_factory=list)
+    # Indices of the newest statement that says where this person is, and of the one before.
+    told: int = -1
+    told_before: int = -1
+
+
+@dataclass
+class _Asked:
+    text: str
+    answer: str
+    notes: str = ""
+    evidence: tuple[int, ...] = ()
+
+
+@dataclass
+class _Arrival:
+    """How a thing came to a place: who brought it, and the statements that say so.
+
+    Attributes:
+        place: where it is now.
+        carrier: who has it.
+        taken: says that the carrier has it.
+        told: says that the carrier is there.
+        told_before: says where the carrier was before.
+    """
+
+    place: str
+    carrier: str
+    taken: int
+    told: int
+    told_before: int
 
 
 @dataclass
@@ -63,6 +99,7 @@ class _Gift:
     giver: str
     thing: str
     taker: str
+    told: int
 
 
 class StoryWorld:
@@ -177,10 +214,13 @@ class _Story:
         self.people = {name: _Person(name) for name in people}
         self.places = places
         self.things = things
-        self.thing_places: dict[str, list[str]] = {thing: [] for thing in things}
+        self.trails: dict[str, list[_Arrival]] = {thing: [] for thing in things}
         self.owner: dict[str, str] = {}
-        # Who touched a thing last.
+        # Who touched a thing last, the statement that says so, and of a thing that was left the one
+        # that says where that person was.
         self.handler: dict[str, str] = {}
+        self.touched: dict[str, int] = {}
+        self.left_at: dict[str, int] = {}
         self.gifts: list[_Gift] = []
         self.theme = Theme([])
 
@@ -224,18 +264,19 @@ class _Story:
                 newest[relation, entity] = value
         facts += [(relation, entity, value) for (relation, entity), value in newest.items()]
         if self.kind in ("qa2", "qa3"):
-            for thing, trail in self.thing_places.items():
-                facts += [("where", thing, trail[-1])] if trail else []
-                facts += [("before", thing, trail[-2])] if len(trail) > 1 else []
+            for thing, trail in self.trails.items():
+                facts += [("where", thing, trail[-1].place)] if trail else []
+                facts += [("before", thing, trail[-2].place)] if len(trail) > 1 else []
         said = self.theme.statements[-1]
         return tuple(fact for fact in facts if fact[1] in said and fact[2] not in said)
 
     def _ask(self) -> None:
         """Asks once, unless there is nothing to ask or this was asked here before."""
-        asks: dict[str, Callable[[], tuple[str, str] | None]] = {
+        asks: dict[str, Callable[[], _Asked | None]] = {
             "qa1": self._ask_place, "qa2": self._ask_thing, "qa3": self._ask_before,
             "qa5": self._ask_gift, "qa6": self._ask_is_in, "qa7": self._ask_count,
             "qa8": self._ask_list, "qa9": self._ask_is_in, "qa10": self._ask_is_in,
+            "holder": self._ask_holder,
         }  # fmt: skip
         kind = self.kind
         if self.rng.random() < _SIDE_QUESTION:
@@ -243,15 +284,23 @@ class _Story:
         asked = asks[kind]()
         after = len(self.theme.statements)
         known = {question.text for question in self.theme.questions if question.after == after}
-        if asked is None or asked[0] in known:
+        if asked is None or asked.text in known:
             return
         facts = tuple(
             ("holder", thing, name)
             for thing, name in self.handler.items()
-            if kind in ("qa2", "qa3") and f" {thing}" in asked[0]
+            if kind in ("qa2", "qa3") and f" {thing}" in asked.text
         )
-        question = Question(*asked, after, kind, lasting=False, facts=facts)
+        question = Question(
+            asked.text, asked.answer, after, kind, lasting=False, facts=facts, notes=asked.notes,
+            evidence=asked.evidence,
+        )  # fmt: skip
         self.theme.questions.append(question)
+
+    @property
+    def _newest(self) -> int:
+        """Index of the newest statement."""
+        return len(self.theme.statements) - 1
 
     def _say(self, sentence: str) -> None:
         self.theme.statements.append(sentence)
@@ -277,25 +326,30 @@ class _Story:
         else:
             self._say(f"{person.name} {self.rng.choice(_MOVES)} the {place}.")
         person.came_from, person.place = person.place, place
+        person.told_before, person.told = person.told, self._newest
         person.denied = person.either = None
         for thing in person.holds:
-            self._thing_at(thing, place)
+            self._thing_at(thing, person)
 
     def _deny(self, person: _Person) -> None:
         place = person.place or self.rng.choice(self.places)
         verb = "is no longer" if self.rng.random() < 0.5 else "is not"
         self._say(f"{person.name} {verb} in the {place}.")
-        person.place, person.denied = None, place
+        person.place, person.denied, person.told = None, place, self._newest
 
     def _either(self, person: _Person) -> None:
         first, second = self.rng.sample(self.places, 2)
         self._say(f"{person.name} is either in the {first} or the {second}.")
-        person.place, person.either = None, (first, second)
+        person.place, person.either, person.told = None, (first, second), self._newest
 
-    def _thing_at(self, thing: str, place: str) -> None:
-        trail = self.thing_places[thing]
-        if not trail or trail[-1] != place:
-            trail.append(place)
+    def _thing_at(self, thing: str, person: _Person) -> None:
+        trail = self.trails[thing]
+        if person.place is not None and (not trail or trail[-1].place != person.place):
+            trail.append(
+                _Arrival(
+                    person.place, person.name, self.touched[thing], person.told, person.told_before
+                )
+            )
 
     def _handle(self, person: _Person) -> None:
         others = [p for p in self.people.values() if p is not person]
@@ -307,6 +361,7 @@ class _Story:
             del self.owner[thing]
             tail = self.rng.choice((" there", ""))
             self._say(f"{person.name} {self.rng.choice(_DROPS)} the {thing}{tail}.")
+            self.touched[thing], self.left_at[thing] = self._newest, person.told
         else:
             self._get(person)
 
@@ -316,9 +371,9 @@ class _Story:
             for thing in self.things
             if thing not in self.owner
             and (
-                not self.thing_places[thing]
+                not self.trails[thing]
                 or person.place is None
-                or self.thing_places[thing][-1] == person.place
+                or self.trails[thing][-1].place == person.place
             )
         ]
         if not free or (person.place is None and self.kind in ("qa2", "qa3")):
@@ -327,48 +382,74 @@ class _Story:
         thing = self.rng.choice(free)
         person.holds.append(thing)
         self.owner[thing] = self.handler[thing] = person.name
-        if person.place is not None:
-            self._thing_at(thing, person.place)
         tail = self.rng.choice((" there", ""))
         self._say(f"{person.name} {self.rng.choice(_GETS)} the {thing}{tail}.")
+        self.touched[thing] = self._newest
+        self._thing_at(thing, person)
 
     def _give(self, giver: _Person, taker: _Person) -> None:
         thing = self.rng.choice(giver.holds)
         giver.holds.remove(thing)
         taker.holds.append(thing)
         self.owner[thing] = taker.name
-        self.gifts.append(_Gift(giver.name, thing, taker.name))
         verb = self.rng.choice(_GIVES)
         if self.rng.random() < 0.2:
             self._say(f"{giver.name} {verb} {taker.name} the {thing}.")
         else:
             self._say(f"{giver.name} {verb} the {thing} to {taker.name}.")
+        self.handler[thing], self.touched[thing] = taker.name, self._newest
+        self.gifts.append(_Gift(giver.name, thing, taker.name, self._newest))
 
-    def _ask_place(self) -> tuple[str, str] | None:
+    def _ask_place(self) -> _Asked | None:
         known = [p for p in self.people.values() if p.place is not None]
         if not known:
             return None
         person = self.rng.choice(known)
-        return f"Where is {person.name}?", str(person.place)
+        return _Asked(f"Where is {person.name}?", str(person.place), evidence=(person.told,))
 
-    def _ask_thing(self) -> tuple[str, str] | None:
-        known = [thing for thing in self.things if self.thing_places[thing]]
+    def _ask_thing(self) -> _Asked | None:
+        known = [thing for thing in self.things if self.trails[thing]]
+        if not known:
+            return None
+        left = [thing for thing in known if thing not in self.owner]
+        # The harder half: where somebody was who has moved on since.
+        thing = self.rng.choice(left if left and self.rng.random() < _LEFT_THING else known)
+        place, name = self.trails[thing][-1].place, self.handler[thing]
+        if thing in self.owner:
+            told = self.people[name].told
+            notes = f"{name} has the {thing}. {name} is in the {place}."
+        else:
+            told = self.left_at[thing]
+            notes = f"{name} left the {thing}. The {thing} is in the {place}."
+        return _Asked(f"Where is the {thing}?", place, notes, (self.touched[thing], told))
+
+    def _ask_holder(self) -> _Asked | None:
+        """Who has a thing, or had it last: the reverse of looking up what somebody did."""
+        known = [thing for thing in self.things if thing in self.touched]
         if not known:
             return None
         thing = self.rng.choice(known)
-        return f"Where is the {thing}?", self.thing_places[thing][-1]
+        needed = (self.touched[thing],)
+        if thing in self.owner:
+            return _Asked(f"Who has the {thing}?", self.owner[thing], evidence=needed)
+        return _Asked(f"Who left the {thing}?", self.handler[thing], evidence=needed)
 
-    def _ask_before(self) -> tuple[str, str] | None:
-        known = [thing for thing in self.things if len(self.thing_places[thing]) > 1]
+    def _ask_before(self) -> _Asked | None:
+        known = [thing for thing in self.things if len(self.trails[thing]) > 1]
         if not known:
             return self._ask_thing()
         thing = self.rng.choice(known)
-        trail = self.thing_places[thing]
+        trail = self.trails[thing]
         index = len(trail) - self.rng.randint(1, min(3, len(trail) - 1))
-        last = max(i for i, place in enumerate(trail) if place == trail[index])
-        return f"Where was the {thing} before the {trail[last]}?", trail[last - 1]
+        place = trail[index].place
+        last = max(i for i, arrival in enumerate(trail) if arrival.place == place)
+        arrival, before = trail[last], trail[last - 1]
+        carrier = arrival.carrier
+        notes = f"{carrier} took it to the {place}. {carrier} came from the {before.place}."
+        needed = (arrival.told, arrival.told_before, arrival.taken)
+        return _Asked(f"Where was the {thing} before the {place}?", before.place, notes, needed)
 
-    def _ask_gift(self) -> tuple[str, str] | None:
+    def _ask_gift(self) -> _Asked | None:
         if not self.gifts:
             return None
         gift = self.gifts[-1 if self.rng.random() < 0.6 else self.rng.randrange(len(self.gifts))]
@@ -383,10 +464,12 @@ class _Story:
             (f"Who received the {gift.thing}?", lambda g: g.thing == gift.thing,
              lambda g: g.taker),
         ]  # fmt: skip
-        text, matches, answer = self.rng.choice(asks)
-        return text, answer([g for g in self.gifts if matches(g)][-1])
+        # Questions that name the thing alone are the hard ones: its sentences are many.
+        text, matches, answer = self.rng.choices(asks, (1, 3, 1, 3, 2))[0]
+        newest = [g for g in self.gifts if matches(g)][-1]
+        return _Asked(text, answer(newest), evidence=(newest.told,))
 
-    def _ask_is_in(self) -> tuple[str, str] | None:
+    def _ask_is_in(self) -> _Asked | None:
         known = [p for p in self.people.values() if p.place or p.denied or p.either]
         if not known:
             return None
@@ -402,12 +485,14 @@ class _Story:
             answer = "no"
         else:
             answer = "yes" if place == person.place else "no"
-        return f"Is {person.name} in the {place}?", answer
+        return _Asked(f"Is {person.name} in the {place}?", answer)
 
-    def _ask_count(self) -> tuple[str, str] | None:
+    def _ask_count(self) -> _Asked | None:
         person = self.rng.choice(list(self.people.values()))
-        return f"How many objects is {person.name} carrying?", _NUMBERS[len(person.holds)]
+        count = _NUMBERS[len(person.holds)]
+        return _Asked(f"How many objects is {person.name} carrying?", count)
 
-    def _ask_list(self) -> tuple[str, str] | None:
+    def _ask_list(self) -> _Asked | None:
         person = self.rng.choice(list(self.people.values()))
-        return f"What is {person.name} carrying?", ",".join(person.holds) or "nothing"
+        held = ",".join(person.holds) or "nothing"
+        return _Asked(f"What is {person.name} carrying?", held)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
-import zstandard
 from pydantic import Field, model_validator
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -18,10 +16,21 @@ from torch.utils.data import DataLoader, Dataset
 
 from megacontext.config import FrozenConfig
 from megacontext.errors import DataError
+from megacontext.tasks.corpus import END_OF_TEXT, read_documents, split_corpus
 from megacontext.tasks.documents import RELATIONS, Piece, PieceKind, WorldFact
 from megacontext.tasks.recall_documents import Prose, RecallDocuments
 
-END_OF_TEXT = "<|endoftext|>"
+__all__ = [
+    "END_OF_TEXT",
+    "LMBatch",
+    "MixtureConfig",
+    "PlannedStep",
+    "RowSampler",
+    "batches",
+    "read_documents",
+    "split_corpus",
+]
+
 _ROWS_PER_STEP = 4096
 
 
@@ -67,59 +76,6 @@ class LMBatch:
     ids: Tensor
     weights: Tensor
     states: Tensor
-
-
-def read_documents(paths: Sequence[Path]) -> list[str]:
-    """Documents of text files (plain or ``.zst``), split at ``<|endoftext|>``.
-
-    Raises:
-        DataError: a file is missing, cannot be read or is not UTF-8 text.
-    """
-    documents: list[str] = []
-    for path in paths:
-        try:
-            raw = path.read_bytes()
-            if path.suffix == ".zst":
-                raw = _decompressed(raw)
-            text = raw.decode("utf-8")
-        except FileNotFoundError:
-            raise DataError(
-                f"{path}: no such file; name an existing text file in `corpus`"
-            ) from None
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-        except (zstandard.ZstdError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: not (compressed) UTF-8 text: {error}") from None
-        documents += [part.strip() for part in text.split(END_OF_TEXT) if part.strip()]
-    return documents
-
-
-def split_corpus(paths: Sequence[Path], held_out_every: int) -> tuple[Prose, Prose]:
-    """The documents of text files: those to train on, and every n-th, which is held out.
-
-    Raises:
-        DataError: a file cannot be read, or there are fewer than ``held_out_every`` documents.
-    """
-    documents = read_documents(paths)
-    if len(documents) < held_out_every:
-        raise DataError(
-            f"the corpus has {len(documents)} documents, too few to hold out one in "
-            f"{held_out_every}; add text or lower `held_out_every`"
-        )
-    training = [text for number, text in enumerate(documents) if number % held_out_every]
-    return Prose(training), Prose(documents[::held_out_every])
-
-
-def _decompressed(raw: bytes) -> bytes:
-    """The content of all frames; a frame that ends early is an error, unlike in a stream reader."""
-    parts: list[bytes] = []
-    while raw:
-        frame = zstandard.ZstdDecompressor().decompressobj()
-        parts.append(frame.decompress(raw))
-        if not frame.eof:
-            raise zstandard.ZstdError("the compressed data ends early")
-        raw = frame.unused_data
-    return b"".join(parts)
 
 
 class RowSampler:

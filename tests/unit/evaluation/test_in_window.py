@@ -55,6 +55,13 @@ def test_the_answer_that_greedy_decoding_writes_is_the_only_right_one(trained, t
     assert accuracy(base, [(PROMPT, answer), (PROMPT, answer + "s")]) == [True, False]
 
 
+def test_notes_before_the_answer_are_no_part_of_it(trained):
+    base = trained(" Ann has it. So: barn\n")
+    assert answers_exactly(base, PROMPT, "barn")
+    assert not answers_exactly(base, PROMPT, "bar")
+    assert not answers_exactly(base, PROMPT, "Ann has it.")
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_it_agrees_with_a_greedy_decode_of_a_random_model(seed):
     base = tiny_base_model("qwen3", seed)
