@@ -12,6 +12,7 @@ from torch import Tensor
 from megacontext.gistnet import GistNet
 from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.context_input import ContextInput
+from megacontext.runtime.gist_features import GistFeatures
 from megacontext.runtime.plain_decode import raw_context
 from megacontext.tasks.documents import QUESTION_TEMPLATE, Piece
 from megacontext.tasks.fact_themes import FactThemes
@@ -132,7 +133,7 @@ def _is_right(base: BaseModel, context: ContextInput | None, question: FactQuest
 
 def _gists(base: BaseModel, gistnet: GistNet, ids: Tensor) -> ContextInput:
     """All blocks as level-1 gists, at packed positions."""
-    gists = gistnet.encode_level(base.embed(ids), 1).vectors
+    gists = gistnet.encode_level(GistFeatures(base, gistnet.config).of(ids), 1).vectors
     levels = torch.ones(len(gists), dtype=torch.int64, device=gists.device)
     positions = torch.arange(len(gists) * gistnet.cost, device=gists.device)
     if gistnet.config.reader == "embedding":

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from megacontext.errors import InputError
 from megacontext.gistnet import GistNet
 from megacontext.runtime.base_model import BaseModel
+from megacontext.runtime.gist_features import GistFeatures
 from megacontext.runtime.history_buffers import HistoryBuffers
 from megacontext.runtime.window_batch import plain_states, window_states
 from megacontext.runtime.window_layout import WindowLayout
@@ -123,7 +124,10 @@ def _measure_batch(
             shape = layout
             if net.cost != gistnet.cost:
                 shape = WindowLayout.of(levels, block_size=size, slots=net.cost)
-            buffers = HistoryBuffers.encode(net, embeddings, levels=2 if 2 in levels else 1)
+            features = GistFeatures(base, net.config).over(embeddings)
+            buffers = HistoryBuffers.encode(
+                net, embeddings, levels=2 if 2 in levels else 1, features=features
+            )
             states = window_states(base, net, buffers, shape)
             if variant == "gist":
                 predicted = buffers.fidelity.gather(1, layout.gists).float().mean(1).cpu()

@@ -20,6 +20,7 @@ from megacontext.evaluation.substitution import HORIZON, Substitution, WindowNLL
 from megacontext.gistnet import GistNet
 from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.companions import load_gistnet
+from megacontext.runtime.gist_features import GistFeatures
 from megacontext.runtime.plain_decode import raw_context
 from megacontext.tasks.recall_documents import Prose, RecallDocuments
 
@@ -35,7 +36,7 @@ class SubstitutionSuiteConfig(FrozenConfig):
 
     Attributes:
         model: base model.
-        gistnet: GistNet checkpoint; the one bundled with the model if none.
+        gistnet: GistNet checkpoint, or ``bundled``.
         windows: windows per source and shape.
         answers: questions whose evidence is read as gists only.
         context_blocks: blocks of the windows in which 1 or 8 are replaced.
@@ -44,7 +45,7 @@ class SubstitutionSuiteConfig(FrozenConfig):
     """
 
     model: str = "bundled:tiny"
-    gistnet: str | Path | None = None
+    gistnet: str | Path = "bundled"
     windows: int = Field(default=200, ge=2)
     answers: int = Field(default=300, ge=2)
     context_blocks: int = Field(default=16, ge=8)
@@ -199,9 +200,10 @@ def _ingest_ratio(
     generator = torch.Generator().manual_seed(config.seed)
     ids = torch.randint(base.vocab_size, (config.ingest_tokens,), generator=generator)
     window = min(1024, base.max_positions)
+    features = GistFeatures(base, gistnet.config)
 
     def gists() -> None:
-        made = gistnet.encode_level(base.embed(ids), 1).vectors
+        made = gistnet.encode_level(features.of(ids), 1).vectors
         size = gistnet.config.block_size
         gistnet.encode_level(made[: len(made) // size * size], 2)
 

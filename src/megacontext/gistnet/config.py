@@ -38,6 +38,12 @@ class GistNetConfig(FrozenConfig):
         kv_value_dim: width of one value (default: ``kv_head_dim``).
         kv_rank: rank of the maps from gist to keys and values; 0 is full rank.
         key_norm: normalise the keys, as a base model with QK-norm does.
+        told_levels: levels that are told apart, by embeddings of their own; those above are encoded
+            and read as the last one is. 0: all.
+        feature_layers: layers of the frozen base that tokens pass before they are encoded; 0: the
+            encoder reads input embeddings.
+        feature_segment: tokens that those layers read together, a multiple of ``block_size``.
+            Segments begin at its multiples in a history, and nothing before a segment is seen.
         init_seed: seed of the initial weights.
     """
 
@@ -62,6 +68,9 @@ class GistNetConfig(FrozenConfig):
     kv_value_dim: int = Field(default=0, ge=0, le=1024)
     kv_rank: int = Field(default=0, ge=0, le=65536)
     key_norm: bool = False
+    told_levels: int = Field(default=0, ge=0, le=64)
+    feature_layers: int = Field(default=0, ge=0, le=512)
+    feature_segment: int = Field(default=256, ge=2, le=65536)
     init_seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="before")
@@ -85,6 +94,11 @@ class GistNetConfig(FrozenConfig):
             raise ValueError("kind 'mean' keeps the embedding width: gist_width must equal d_model")
         if self.kind == "transformer":
             self._check_encoder()
+        if self.feature_layers and self.feature_segment % self.block_size:
+            raise ValueError(
+                f"feature_segment {self.feature_segment} must be a multiple of block_size "
+                f"{self.block_size}"
+            )
         if self.reader == "kv" and not (self.kv_layers and self.kv_heads and self.kv_head_dim):
             raise ValueError("reader 'kv' needs kv_layers, kv_heads and kv_head_dim")
         if self.reader == "kv" and not self.kv_value_dim:

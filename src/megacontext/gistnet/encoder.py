@@ -48,7 +48,8 @@ class BlockEncoder(nn.Module):
         """Token embeddings (``level`` 1) or gists, ``[..., width]``, as ``[..., d_model]``."""
         if level > 1 and self.lower is not None:
             vectors = self.lower(vectors)
-        return self.in_norm(vectors) + self.levels.weight[level - 1]
+        told = min(level, self.config.told_levels or level)
+        return self.in_norm(vectors) + self.levels.weight[told - 1]
 
     def forward(self, hidden: Tensor, valid: Tensor | None, children: Tensor) -> Gists:
         """Encodes the last blocks of each stream.

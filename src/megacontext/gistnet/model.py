@@ -29,11 +29,14 @@ class GistNet(PretrainedModule[GistNetConfig]):
     Kind ``mean``: a gist is the mean of its children and nothing is learned.
 
     Kind ``transformer``: the children, told apart by a level embedding, pass a small transformer
-    together with a window of token embeddings that precede them; the pooled result is mapped to a
+    together with a window of tokens that precede them; the pooled result is mapped to a
     change of the children's mean. That last map starts at zero, so an untrained transformer with
     ``gist_width == d_model`` *is* the mean pool, bit for bit. A wider gist starts as the mean,
     repeated. Learned gists follow Gist Tokens (arXiv 2304.08467), the context before the block
     REFRAG and AutoCompressors (arXiv 2509.01092, 2305.14788).
+
+    What is called a token's embedding here is, with ``feature_layers`` in the configuration, its
+    hidden state after so many layers of the base model.
     """
 
     model_type: ClassVar[str] = "megacontext-gistnet"

@@ -23,6 +23,7 @@ class EmbeddingReader(nn.Module):
         super().__init__()
         self.slots = config.slots
         self.d_model = config.d_model
+        self.told_levels = config.told_levels or config.max_levels
         self.split: nn.Linear | None = None
         self.mlp: ResidualMLP | None = None
         self.levels: nn.Embedding | None = None
@@ -42,7 +43,7 @@ class EmbeddingReader(nn.Module):
             x = F.linear(gists, self.split.weight[:size], self.split.bias[:size])
         x = x.unflatten(-1, (slots, self.d_model))
         if self.mlp is not None and self.levels is not None:
-            x = self.mlp(x, self.levels(levels)[:, None])
+            x = self.mlp(x, self.levels(levels.clamp(max=self.told_levels))[:, None])
         return x
 
 
@@ -106,7 +107,8 @@ class KVReader(nn.Module):
             ``[kv_layers, n, slots, kv_heads, kv_value_dim]``.
         """
         config = self.config
-        x = self.norm(gists) + self.levels(levels)
+        told = levels.clamp(max=config.told_levels or config.max_levels)
+        x = self.norm(gists) + self.levels(told)
         if self.mlp is not None:
             x = self.mlp(x)
         key_map, value_map = self.key_map, self.value_map

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megacontext.errors import InputError
 from megacontext.gistnet import GistNet
+from megacontext.runtime.gist_features import require_features
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,13 +33,29 @@ class HistoryBuffers:
     levels: int
 
     @classmethod
-    def encode(cls, gistnet: GistNet, embeddings: Tensor, *, levels: int = 1) -> HistoryBuffers:
+    def encode(
+        cls,
+        gistnet: GistNet,
+        embeddings: Tensor,
+        *,
+        levels: int = 1,
+        features: Tensor | None = None,
+    ) -> HistoryBuffers:
         """Makes all gists of ``embeddings [batch, tokens, d_model]`` up to level 1 or 2.
 
         A block's encoder sees what precedes it in its text, up to its own ``context_tokens``.
 
+        Args:
+            gistnet: makes the gists.
+            embeddings: input embeddings of the tokens.
+            levels: 1 or 2.
+            features: ``[batch, tokens, d_model]``, what the GistNet reads of the tokens if it does
+                not read embeddings, from :class:`GistFeatures`. A text's first token counts as the
+                start of a segment, wherever it stood in the history it was cut from.
+
         Raises:
-            InputError: the tokens are no whole number of blocks, or ``levels`` is not 1 or 2.
+            InputError: the tokens are no whole number of blocks, ``levels`` is not 1 or 2, or
+                features are missing or have another shape.
         """
         size = gistnet.config.block_size
         if embeddings.shape[1] % size or levels not in (1, 2):
@@ -46,7 +63,8 @@ class HistoryBuffers:
                 f"{embeddings.shape[1]} tokens and {levels} levels: expected a multiple of {size} "
                 "and 1 or 2"
             )
-        blocks = embeddings.unflatten(1, (-1, size))
+        read = require_features(gistnet, features, embeddings)
+        blocks = read.unflatten(1, (-1, size))
         vectors, fidelity = gistnet.encode_streams(blocks, 1)
         gists, fidelities = [vectors], [fidelity]
         spans = vectors.shape[1] // size

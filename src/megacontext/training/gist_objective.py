@@ -20,6 +20,7 @@ from megacontext.checkpoints import seeded_init
 from megacontext.config import FrozenConfig
 from megacontext.gistnet import GistNet
 from megacontext.runtime.base_model import BaseModel
+from megacontext.runtime.gist_features import GistFeatures
 from megacontext.runtime.history_buffers import HistoryBuffers
 from megacontext.runtime.window_batch import plain_states, window_states
 from megacontext.runtime.window_layout import WindowLayout
@@ -31,6 +32,8 @@ class ObjectiveConfig(FrozenConfig):
     Attributes:
         fidelity_weight: of the error of predicted fidelity, where a window has a single gist.
         fidelity_horizon: tokens behind the gist over which its true KL cost is the mean.
+        state_weight: of the distance between final hidden states, in units of the teacher's size;
+            every token behind a gist counts the same, whatever its weight.
         reconstruction_weight: of naming a block's tokens from its gist alone (a bag of words).
         contrast_weight: of telling a block's gist from those of other blocks by the base's mean
             hidden state over the block (InfoNCE, arXiv 1807.03748).
@@ -40,6 +43,7 @@ class ObjectiveConfig(FrozenConfig):
 
     fidelity_weight: float = Field(default=0.05, ge=0, allow_inf_nan=False)
     fidelity_horizon: int = Field(default=64, ge=1)
+    state_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     reconstruction_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     contrast_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     least_weight: float = Field(default=0.2, ge=0, allow_inf_nan=False)
@@ -85,6 +89,9 @@ class GistObjective(nn.Module):
         gistnet: what is trained.
         config: weights of the terms.
         compile: compile the base's decoder.
+
+    Raises:
+        ConfigError: the base lacks the layers or positions that the GistNet's features need.
     """
 
     def __init__(
@@ -93,6 +100,7 @@ class GistObjective(nn.Module):
         super().__init__()
         self.gistnet = gistnet
         self.config = config
+        self.features = GistFeatures(base, gistnet.config)
         width = gistnet.config.gist_width
         self.bag: nn.Linear | None = None
         self.match: nn.Linear | None = None
@@ -120,14 +128,22 @@ class GistObjective(nn.Module):
                     base, embeddings, positions.expand_as(batch.ids), decoder=decoder
                 )
         deepest = int(batch.levels.max())
-        buffers = HistoryBuffers.encode(self.gistnet, embeddings, levels=max(1, deepest))
+        buffers = HistoryBuffers.encode(
+            self.gistnet,
+            embeddings,
+            levels=max(1, deepest),
+            features=self.features.over(embeddings),
+        )
         layout = WindowLayout.of(
             batch.levels, block_size=buffers.block_size, slots=batch.slots or self.gistnet.cost
         )
         states = window_states(base, self.gistnet, buffers, layout, decoder=decoder)
-        kl, weights = self._divergence(states, teacher, layout, batch.weights)
+        kl, weights, apart = self._divergence(states, teacher, layout, batch.weights)
         terms = {"kl": (kl * weights).sum() / weights.sum().clamp(min=1e-9)}
         loss = terms["kl"]
+        if self.config.state_weight:
+            terms["states"] = apart
+            loss = loss + self.config.state_weight * apart
         if layout.n_gists == 1 and self.config.fidelity_weight:
             terms["fidelity"] = self._fidelity(kl.detach(), weights, buffers, layout)
             loss = loss + self.config.fidelity_weight * terms["fidelity"]
@@ -141,11 +157,12 @@ class GistObjective(nn.Module):
 
     def _divergence(
         self, states: Tensor, teacher: Tensor, layout: WindowLayout, weights: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """KL in nats of the next token at every raw row, and its weight; 0 before any gist.
 
         Returns:
-            Two float32 ``[batch, raw]``.
+            Both float32 ``[batch, raw]``, and the mean relative distance of the final states there,
+            a scalar.
         """
         # The row of token i predicts token i + 1, whatever of it the window reads.
         following = F.pad(weights[:, 1:], (0, 1)).clamp(min=self.config.least_weight)
@@ -160,7 +177,8 @@ class GistObjective(nn.Module):
             wanted = F.log_softmax(head(reference.to(states.dtype)).float(), dim=-1)
         divergence = torch.zeros_like(scored)
         divergence[chosen] = F.kl_div(given, wanted, log_target=True, reduction="none").sum(-1)
-        return divergence, scored
+        distance = (states[chosen].float() - reference.float()).pow(2).sum(-1)
+        return divergence, scored, (distance / reference.float().pow(2).sum(-1)).mean()
 
     def _fidelity(
         self, kl: Tensor, weights: Tensor, buffers: HistoryBuffers, layout: WindowLayout

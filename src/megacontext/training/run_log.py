@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import secrets
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,7 +72,7 @@ class WandbLog:
 
     Args:
         folder: where its files go.
-        name: name of the run; a resumed run is another one of the same name.
+        name: name of the run. A resumed run goes on under the id kept in the folder.
         settings: the run's configuration.
 
     Raises:
@@ -87,8 +88,13 @@ class WandbLog:
                 "`wandb: false`"
             ) from None
         online = bool(os.environ.get("WANDB_API_KEY"))
+        kept = folder / "wandb_run_id"
+        if not kept.exists():
+            kept.write_text(secrets.token_hex(8), encoding="utf-8")
         self._run: Any = wandb.init(
             project="megacontext",
+            id=kept.read_text(encoding="utf-8").strip(),
+            resume="allow",
             name=name,
             dir=str(folder),
             config=dict(settings),

@@ -21,6 +21,7 @@ from megacontext.gistnet.config import PoolingKind, ReaderKind
 from megacontext.runtime.architectures import attention_modules
 from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.companions import require_fit
+from megacontext.runtime.gist_features import features_misfit
 from megacontext.training.gist_batches import (
     GistPhase,
     GistRows,
@@ -57,7 +58,10 @@ class GistShapeConfig(FrozenConfig):
         reader_d_ff: inner width of the reader's MLP.
         kv_rank: rank of the maps to keys and values; 0: full.
         max_levels: highest level it can make.
+        told_levels: levels that are told apart, those trained; 0: all.
         block_size: tokens of a block.
+        feature_layers: layers of the base whose states the encoder reads; 0: input embeddings.
+        feature_segment: tokens that those layers read together.
     """
 
     width_factor: int = Field(default=2, ge=1, le=4)
@@ -71,7 +75,10 @@ class GistShapeConfig(FrozenConfig):
     reader_d_ff: int = Field(default=0, ge=0)
     kv_rank: int = Field(default=0, ge=0)
     max_levels: int = Field(default=8, ge=1)
+    told_levels: int = Field(default=0, ge=0)
     block_size: int = Field(default=32, ge=2)
+    feature_layers: int = Field(default=0, ge=0)
+    feature_segment: int = Field(default=256, ge=2)
 
     def build(self, base: BaseModel, seed: int) -> GistNet:
         """A GistNet of this shape for ``base``, with initial weights.
@@ -98,7 +105,11 @@ class GistShapeConfig(FrozenConfig):
                 "kv_value_dim": base.value_dim,
                 "key_norm": any(hasattr(module, "k_norm") for module in attention),
             }
-        return GistNet(GistNetConfig.parse(values, where="gistnet"))
+        config = GistNetConfig.parse(values, where="gistnet")
+        problem = features_misfit(config, base)
+        if problem is not None:
+            raise ConfigError(f"gistnet: {problem}; lower it")
+        return GistNet(config)
 
 
 class TrainGistNetConfig(FrozenConfig):

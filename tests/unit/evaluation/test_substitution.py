@@ -5,11 +5,12 @@ import torch
 from tiny_models import tiny_base_model
 
 from megacontext.errors import InputError
-from megacontext.evaluation.gist_answers import answer_all, single_fact_questions
+from megacontext.evaluation.gist_answers import _gists, answer_all, single_fact_questions
 from megacontext.evaluation.substitution import HORIZON, Substitution, measure
 from megacontext.gistnet import GistNet, GistNetConfig
 from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.context_input import ContextInput
+from megacontext.runtime.gist_features import GistFeatures
 
 SIZE = 32
 PROSE = "The old king sat by the fire. Nobody spoke a word. " * 200
@@ -20,7 +21,7 @@ def base():
     return tiny_base_model("qwen3", max_positions=512)
 
 
-def net(base, reader="kv", slots=2):
+def net(base, reader="kv", slots=2, feature_layers=0):
     torch.manual_seed(1)
     made = GistNet(
         GistNetConfig(
@@ -34,6 +35,8 @@ def net(base, reader="kv", slots=2):
             kv_layers=base.n_layers,
             kv_heads=base.n_kv_heads,
             kv_head_dim=base.head_dim,
+            feature_layers=feature_layers,
+            feature_segment=2 * SIZE,
         )
     )
     with torch.no_grad():
@@ -55,10 +58,13 @@ def raw(base, ids):
     return ContextInput(base.embed(ids), torch.arange(len(ids)))
 
 
+@pytest.mark.parametrize("feature_layers", [0, 2])
 @pytest.mark.parametrize("reader", ["kv", "embedding"])
-def test_every_variant_is_what_the_model_says_of_a_context_made_by_hand(base, reader):
+def test_every_variant_is_what_the_model_says_of_a_context_made_by_hand(
+    base, reader, feature_layers
+):
     shape = Substitution("one in the middle", (0, 1, 0))
-    ids, gistnet = windows(base, shape), net(base, reader)
+    ids, gistnet = windows(base, shape), net(base, reader, feature_layers=feature_layers)
     measured = measure(base, gistnet, ids, shape, batch=2)
     for row, window in enumerate(ids):
         # The token right behind the context is read by every variant.
@@ -79,7 +85,8 @@ def test_every_variant_is_what_the_model_says_of_a_context_made_by_hand(base, re
 
 def by_hand(base, gistnet, window):
     """One raw block, one gist, one raw block and the token behind them."""
-    made = gistnet.encode_level(base.embed(window[: 2 * SIZE]), 1).vectors[1:]
+    read = GistFeatures(base, gistnet.config).of(window[: 2 * SIZE])
+    made = gistnet.encode_level(read, 1).vectors[1:]
     level = torch.ones(1, dtype=torch.int64)
     gist_positions = SIZE + torch.arange(gistnet.cost)
     rows = base.embed(torch.cat((window[:SIZE], window[2 * SIZE : 3 * SIZE + 1])))
@@ -123,6 +130,17 @@ def test_facts_lie_wholly_in_the_blocks_that_become_gists(base):
     for question in questions:
         assert len(question.context) == 16 * SIZE
         assert question.answer in base.decode(question.context)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("feature_layers", [0, 2])
+def test_questions_are_asked_behind_the_gists_of_the_text(base, feature_layers):
+    gistnet, ids = net(base, feature_layers=feature_layers), windows(base, Substitution("", (0,)))
+    made = gistnet.encode_level(GistFeatures(base, gistnet.config).of(ids[0]), 1).vectors
+    keys, _ = gistnet.read_kv(made, torch.ones(len(made), dtype=torch.int64))
+    context = _gists(base, gistnet, ids[0])
+    torch.testing.assert_close(context.gist_keys, keys.flatten(1, 2))
+    assert context.gist_positions.tolist() == list(range(6 * gistnet.cost))
 
 
 def test_the_bundled_model_answers_from_the_text_but_not_without_it():

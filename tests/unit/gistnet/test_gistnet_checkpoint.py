@@ -86,6 +86,17 @@ def test_version_is_the_same_in_every_release():
     assert GistNet.untrained(256).version == "558b5127f3402603"
 
 
+def test_a_checkpoint_from_before_features_keeps_its_version(net, folder):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    assert config.pop("feature_layers") == 0
+    config.pop("feature_segment")
+    path.write_text(json.dumps(config))
+    assert GistNet.from_pretrained(folder).version == net.version
+    path.write_text(json.dumps(config | {"feature_layers": 1}))
+    assert GistNet.from_pretrained(folder).version != net.version
+
+
 def test_loading_leaves_random_state_alone(folder):
     torch.manual_seed(0)
     state = torch.get_rng_state()

@@ -21,6 +21,8 @@ def test_widths_follow_d_model():
         ({"kind": "transformer", "d_model": 64, "context_tokens": 2048}, "context_tokens"),
         ({"d_model": 64, "reader": "kv"}, "kv_layers"),
         ({"d_model": 64, "slots": 9}, "slots"),
+        ({"d_model": 64, "feature_layers": 1, "feature_segment": 40}, "feature_segment 40 must be"),
+        ({"d_model": 64, "feature_layers": -1}, "feature_layers"),
         ({"d_model": 64, "typo": 1}, "unknown key 'typo'"),
         ({"gist_width": 64}, "key 'd_model' is missing"),
     ],
@@ -28,6 +30,11 @@ def test_widths_follow_d_model():
 def test_refuses(values, message):
     with pytest.raises(ConfigError, match=message):
         GistNetConfig.parse(values)
+
+
+def test_segments_need_not_fit_blocks_where_there_are_none():
+    config = GistNetConfig(d_model=64, block_size=24)
+    assert (config.feature_layers, config.feature_segment) == (0, 256)
 
 
 @pytest.mark.parametrize(("tokens", "layers"), [(256, 2), (96, 2), (32, 3), (0, 2), (1024, 5)])

@@ -6,6 +6,7 @@ from tiny_models import tiny_base_model
 
 from megacontext.errors import CheckpointError
 from megacontext.gistnet import GistNet, GistNetConfig
+from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.companions import bundled_gistnet, load_gistnet, require_fit
 
 
@@ -45,11 +46,24 @@ def test_one_made_for_another_base_is_refused(tmp_path):
         load_gistnet(str(tmp_path / "net"), base, "some/folder")
     with pytest.raises(CheckpointError, match="train one for"):
         require_fit(GistNet.untrained(base.d_model * 2), base)
+    kv_net(base, feature_layers=base.n_layers + 1).save_pretrained(tmp_path / "deep")
+    with pytest.raises(CheckpointError, match="feature_layers is 4, tiny-qwen3 has 3 layers"):
+        load_gistnet(str(tmp_path / "deep"), base, "some/folder")
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="no such file"):
         load_gistnet(str(tmp_path / "none"), tiny_base_model(), "some/folder")
+
+
+def test_the_bundled_one_is_loaded_by_that_name():
+    base = BaseModel.from_pretrained("bundled:tiny")
+    net = load_gistnet("bundled", base, "bundled:tiny")
+    assert net.config.kind == "transformer"
+    assert net.config.d_model == base.d_model
+    assert load_gistnet(None, base, "bundled:tiny").config.kind == "mean"
+    with pytest.raises(CheckpointError, match="no GistNet is shipped with some/folder"):
+        load_gistnet("bundled", base, "some/folder")
 
 
 def test_only_bundled_models_bring_a_gistnet():

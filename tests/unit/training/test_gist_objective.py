@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from megacontext.errors import ConfigError
 from megacontext.gistnet import GistNet, GistNetConfig
+from megacontext.runtime.gist_features import GistFeatures
 from megacontext.runtime.history_buffers import HistoryBuffers
 from megacontext.runtime.window_batch import window_states
 from megacontext.runtime.window_layout import WindowLayout
@@ -52,7 +53,8 @@ def batch_of(levels, seed=0, weights=None, **values):
 
 def states_of(base, net, batch):
     deepest = int(batch.levels.max())
-    buffers = HistoryBuffers.encode(net, base.embed(batch.ids), levels=deepest)
+    features = GistFeatures(base, net.config).of(batch.ids)
+    buffers = HistoryBuffers.encode(net, base.embed(batch.ids), levels=deepest, features=features)
     layout = WindowLayout.of(batch.levels, block_size=K, slots=batch.slots or net.cost)
     return window_states(base, net, buffers, layout), buffers, layout
 
@@ -92,6 +94,18 @@ def test_the_loss_is_the_weighted_kl_behind_the_gists(base, levels, reader, slot
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("segment", [2 * K, 128])
+def test_gists_of_the_bases_first_layers(base, segment):
+    net = gistnet_for(base, feature_layers=2, feature_segment=segment)
+    batch = batch_of(TWO, weights=torch.ones(2, TOKENS))
+    found = float(GistObjective(base, net, PLAIN)(batch)["kl"])
+    known = [kl for (_, _, seen), kl in divergences(base, net, batch).items() if seen]
+    assert found == pytest.approx(sum(known) / len(known), rel=1e-3)
+    of_embeddings = float(GistObjective(base, gistnet_for(base), PLAIN)(batch)["kl"])
+    assert found != pytest.approx(of_embeddings, rel=1e-2)
+
+
+@torch.no_grad()
 def test_what_reads_as_the_raw_text_costs_nothing(base):
     net, batch = gistnet_for(base), batch_of(TWO)
     states, _, layout = states_of(base, net, batch)
@@ -99,6 +113,24 @@ def test_what_reads_as_the_raw_text_costs_nothing(base):
     teacher.scatter_(1, layout.tokens[..., None].expand_as(states), states)
     same = replace(batch, teacher=teacher)
     assert float(GistObjective(base, net, PLAIN)(same)["kl"]) == pytest.approx(0, abs=1e-5)
+
+
+@torch.no_grad()
+def test_states_are_compared_in_units_of_the_teachers(base):
+    net = gistnet_for(base)
+    batch = batch_of(TWO)
+    terms = GistObjective(base, net, ObjectiveConfig(state_weight=0.5, fidelity_weight=0))(batch)
+    states, _, layout = states_of(base, net, batch)
+    found = []
+    for window, ids in enumerate(batch.ids):
+        teacher = base.features(ids)
+        for row, token in enumerate(layout.tokens[window].tolist()):
+            if token + 1 < TOKENS and layout.seen[window, row]:
+                apart = states[window, row] - teacher[token]
+                found.append(float(apart.square().sum() / teacher[token].square().sum()))
+    assert set(terms) == {"loss", "kl", "states"}
+    assert float(terms["states"]) == pytest.approx(sum(found) / len(found), rel=1e-3)
+    torch.testing.assert_close(terms["loss"], terms["kl"] + 0.5 * terms["states"])
 
 
 @torch.no_grad()

@@ -105,10 +105,26 @@ def test_wandb_is_offline_without_a_key(tmp_path, monkeypatch, wandb, key, mode)
         monkeypatch.setenv("WANDB_API_KEY", key)
     WandbLog(tmp_path, "tiny", {"seed": 3})
     ((_, settings),) = wandb.calls
+    run_id = settings.pop("id")
     assert settings == {
         "project": "megacontext", "name": "tiny", "dir": str(tmp_path), "config": {"seed": 3},
-        "mode": mode,
+        "mode": mode, "resume": "allow",
     }  # fmt: skip
+    # A resumed run is the same run, another folder's is another.
+    WandbLog(tmp_path, "tiny", {})
+    (tmp_path / "other").mkdir()
+    WandbLog(tmp_path / "other", "tiny", {})
+    assert wandb.calls[1][1]["id"] == run_id
+    assert wandb.calls[2][1]["id"] != run_id
+
+
+def test_the_real_package_writes_an_offline_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    log = WandbLog(tmp_path, "tiny", {"seed": 3})
+    log.write(1, {"loss": 0.5, "probe": {"kl": 1.0}})
+    log.close()
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
 def test_wandb_gets_every_record_and_an_end(tmp_path, wandb):

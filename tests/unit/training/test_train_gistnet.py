@@ -353,6 +353,24 @@ def test_training_starts_from_a_checkpoint(straight, folder):
         GistTrainer(tiny_gist_config(folder, init_from=start))
 
 
+def test_training_on_the_bases_first_layers(folder):
+    shape = tiny_gist_run(folder)["gistnet"] | {"feature_layers": 1, "feature_segment": 32}
+    config = tiny_gist_config(folder, gistnet=shape, log_every=3)
+    interrupt(config, 5)
+    exported = GistNet.from_pretrained(GistTrainer(config).run())
+    assert (exported.config.feature_layers, exported.config.feature_segment) == (1, 32)
+    straight = {"gistnet": shape, "log_every": 3, "output": folder / "straight" / "run"}
+    GistTrainer(tiny_gist_config(folder, **straight)).run()
+    assert_ended_alike(folder, folder / "straight")
+    for changes, message in (
+        ({"feature_layers": 4}, "gistnet: feature_layers is 4, .* has 3 layers; lower it"),
+        ({"feature_segment": 144}, "gistnet: feature_segment is 144, .* has 128 positions"),
+        ({"feature_segment": 40}, "feature_segment 40 must be a multiple of block_size 16"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            GistTrainer(tiny_gist_config(folder, gistnet=shape | changes, output=folder / "no"))
+
+
 def test_a_checkpoint_of_another_shape_is_refused(straight, folder):
     copy_checkpoint(straight, folder)
     shape = tiny_gist_run(folder)["gistnet"]
