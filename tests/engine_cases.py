@@ -40,7 +40,9 @@ def new_engine(
     return Engine(base, Memory.create(folder / f"{name}.mctx", identity), lens=lens, **options)
 
 
-def learned_gistnet(base: Any, *, reader: str = "kv", slots: int = 1, seed: int = 1) -> GistNet:
+def learned_gistnet(
+    base: Any, *, reader: str = "kv", slots: int = 1, seed: int = 1, **changes: Any
+) -> GistNet:
     """A transformer GistNet with random weights; its reader fits the base."""
     import torch
 
@@ -64,6 +66,7 @@ def learned_gistnet(base: Any, *, reader: str = "kv", slots: int = 1, seed: int 
                 "init_seed": seed,
             }
             | own
+            | changes
         )
     ).eval()
     with torch.random.fork_rng():

@@ -122,8 +122,10 @@ def tiny_base_model(
     return BaseModel(model, tiny_tokenizer(), f"tiny-{architecture}")
 
 
-def save_tiny_model(folder: Path, architecture: str = "qwen3", seed: int = 0) -> Path:
+def save_tiny_model(
+    folder: Path, architecture: str = "qwen3", seed: int = 0, max_positions: int = 128
+) -> Path:
     """Writes model and tokenizer as ``save_pretrained`` does; returns the folder."""
-    tiny_model(architecture, seed).save_pretrained(folder)
+    tiny_model(architecture, seed, max_positions=max_positions).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

@@ -8,6 +8,7 @@ from typing import Any
 
 from megacontext.training.train_base import TrainBaseConfig
 from megacontext.training.train_gistnet import TrainGistNetConfig
+from megacontext.training.train_lensnet import TrainLensNetConfig
 
 _SUBJECTS = ("The fox", "A small girl", "The old king", "Nobody", "His brother", "The wind")
 _VERBS = ("went to", "looked at", "spoke of", "feared", "remembered", "came from")
@@ -15,18 +16,23 @@ _OBJECTS = ("the river", "a dark wood", "the castle", "her mother", "the golden 
 _ENDS = (".", ".", ".", "!", ", and then it was night.", ' and said: "Wait for me."')
 
 
-def write_corpus(folder: Path, documents: int = 20, sentences: int = 60) -> Path:
-    """Writes ``corpus.txt`` and returns its path; the text is the same every time."""
+def corpus_documents(documents: int = 20, sentences: int = 60) -> list[str]:
+    """Texts of simple sentences, the same every time."""
     rng = random.Random("corpus")
     parts = (_SUBJECTS, _VERBS, _OBJECTS)
-    texts = [
+    return [
         " ".join(
             " ".join(rng.choice(words) for words in parts) + rng.choice(_ENDS)
             for _ in range(sentences)
         )
         for _ in range(documents)
     ]
+
+
+def write_corpus(folder: Path, documents: int = 20, sentences: int = 60) -> Path:
+    """Writes ``corpus.txt`` and returns its path."""
     path = folder / "corpus.txt"
+    texts = corpus_documents(documents, sentences)
     path.write_text("\n<|endoftext|>\n".join(texts), encoding="utf-8")
     return path
 
@@ -87,3 +93,35 @@ def tiny_gist_run(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def tiny_gist_config(folder: Path, **changes: Any) -> TrainGistNetConfig:
     return TrainGistNetConfig.parse(tiny_gist_run(folder, **changes))
+
+
+def tiny_lens_run(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Values of a :class:`TrainLensNetConfig` for the base in ``folder / "base"``; two rounds.
+
+    The base needs 512 positions, since one byte is one token here. The three sessions of a round
+    are recorded in two parts.
+    """
+    session = {
+        "sessions": 3, "sessions_per_part": 2, "tokens": [128], "facts": 1, "asks": 1, "rounds": 1,
+        "calm": 1, "horizon": 4, "proposals": 2, "entries": 1,
+    }  # fmt: skip
+    values: dict[str, Any] = {
+        "output": folder / "run",
+        "model": str(folder / "base"),
+        "corpus": [folder / "corpus.txt"],
+        "lens": {"key_width": 16, "d_hidden": 16, "n_heads": 2, "d_ff": 16, "n_queries": 2},
+        "keys": {"steps": 8, "texts": 2, "tokens": 192, "facts": 2, "probe_batches": 1},
+        "rounds": [session, session],
+        "scores": {"steps": 7, "batch_size": 4},
+        "engine": {"budget": 384, "tail_tokens": 32, "query_tokens": 48},
+        "key_optimizer": {"warmup_steps": 2, "adam_lr": 0.01, "muon_lr": 0.005},
+        "score_optimizer": {"warmup_steps": 2, "adam_lr": 0.01, "muon_lr": 0.005},
+        "workers": 0,
+        "log_every": 2,
+        "checkpoint_every": 3,
+    }
+    return values | changes
+
+
+def tiny_lens_config(folder: Path, **changes: Any) -> TrainLensNetConfig:
+    return TrainLensNetConfig.parse(tiny_lens_run(folder, **changes))

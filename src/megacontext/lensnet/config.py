@@ -25,12 +25,13 @@ class LensNetConfig(FrozenConfig):
         n_features: numbers that describe a span, see :mod:`megacontext.lensnet.features`.
         max_levels: highest level of a gist that a key can be made for.
         interaction: how the queries' dot products with a key become one relevance.
-        key_summary: keys and queries start from a fixed random projection of a given summary
-            (such as the idf-weighted mean of the span's token embeddings) and learn a correction;
-            without it they are learned from nothing.
+        key_vocabulary: tokens that have a key vector of their own, the size of the base model's
+            vocabulary: a block's key starts from the sum over its tokens, a query from that over
+            the tail's. 0: keys are made from gists and hidden states alone.
         lexical_prior: initial weight in nats of ``lexical_relative`` in a cache item's score, so
             that an untrained lens can follow the lexical policy; 0 starts calm.
-        init_seed: seed of the initial weights and of the fixed projection.
+        gist_version: version of the GistNet whose gists it was trained on; empty where it was not.
+        init_seed: seed of the initial weights.
     """
 
     d_model: int = Field(ge=2, le=16384)
@@ -44,8 +45,9 @@ class LensNetConfig(FrozenConfig):
     n_features: int = Field(default=N_FEATURES, ge=1, le=256)
     max_levels: int = Field(default=8, ge=1, le=64)
     interaction: Literal["max", "mean"] = "max"
-    key_summary: bool = False
+    key_vocabulary: int = Field(default=0, ge=0, le=2**24)
     lexical_prior: float = Field(default=0.0, ge=0.0, le=10.0)
+    gist_version: str = ""
     init_seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="before")

@@ -30,8 +30,6 @@ class SnapshotBatch:
         cache_levels: int64 ``[b, m]``, 0 on padding.
         cache_starts: int64 ``[b, m]``, 0 on padding.
         cache_utility: ``[b, m]``, NaN on padding and where none was measured.
-        cache_summaries: ``[b, m, d_model or 0]``.
-        query_summaries: ``[b, q, d_model]``.
         cursor: int64 ``[b]``.
         tail_start: int64 ``[b]``.
     """
@@ -45,8 +43,6 @@ class SnapshotBatch:
     cache_levels: Tensor
     cache_starts: Tensor
     cache_utility: Tensor
-    cache_summaries: Tensor
-    query_summaries: Tensor
     cursor: Tensor
     tail_start: Tensor
 

@@ -15,33 +15,37 @@ from megacontext.lensnet.config import LensNetConfig
 KEYS_PER_CHUNK = 65_536
 
 
-class SummaryProjection(nn.Module):
-    """A fixed random projection of summaries, plus a learned correction that starts at zero.
+class TokenKeys(nn.Module):
+    """A key vector for every token of the vocabulary; a text's is the sum over its tokens.
 
-    Keys and queries share it. A random projection keeps dot products (Johnson-Lindenstrauss), so
-    that before any training keys compare as the summaries themselves do: with idf-weighted means
-    of token embeddings that is a soft lexical match.
+    A soft lexical match: words of one meaning can learn one direction, words that tell nothing can
+    shrink. Random directions keep apart what is different (Johnson-Lindenstrauss), so that sums
+    compare as bags of words before any training.
     """
 
     def __init__(self, config: LensNetConfig) -> None:
         super().__init__()
-        generator = torch.Generator(device="cpu").manual_seed(config.init_seed)
-        shape = (config.key_width, config.d_model)
-        fixed = torch.randn(shape, generator=generator, device="cpu") * config.key_width**-0.5
-        # Saved with the weights: random streams are not promised to stay the same between versions.
-        self.register_buffer("fixed", fixed)
-        self.fixed: Tensor
-        self.center = nn.Parameter(torch.zeros(config.d_model))
-        self.learned = nn.Parameter(torch.zeros(shape))
+        self.embed = nn.Embedding(config.key_vocabulary, config.key_width)
+        nn.init.normal_(self.embed.weight, std=config.key_width**-0.5)
 
-    def forward(self, summary: Tensor) -> Tensor:
-        """Projects ``[..., d_model]`` to ``[..., key_width]``; only the direction matters."""
-        centered = summary.to(self.center.dtype) - self.center
-        return F.linear(unit(centered), self.fixed + self.learned)
+    def forward(self, tokens: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Sums over tokens.
+
+        Args:
+            tokens: int64 ``[n, t]``; negative where there is none.
+            weights: ``[n, t, q]``, of every token in each of ``q`` sums; ``None``: 1, one sum.
+
+        Returns:
+            ``[n, key_width]``, or ``[n, q, key_width]`` with weights.
+        """
+        vectors = self.embed(tokens.clamp(min=0)).masked_fill((tokens < 0)[..., None], 0.0)
+        if weights is None:
+            return vectors.sum(dim=1)
+        return torch.einsum("ntq,ntk->nqk", weights, vectors)
 
 
 class KeyEncoder(nn.Module):
-    """Gist and level (and summary, where configured) to one key of length 1."""
+    """Gist and level (and tokens, where configured) to one key of length 1."""
 
     def __init__(self, config: LensNetConfig) -> None:
         super().__init__()
@@ -49,7 +53,7 @@ class KeyEncoder(nn.Module):
         self.levels = nn.Embedding(config.max_levels + 1, config.gist_width)
         nn.init.zeros_(self.levels.weight)
         self.map = nn.Linear(config.gist_width, config.key_width, bias=False)
-        if config.key_summary:
+        if config.key_vocabulary:
             nn.init.zeros_(self.map.weight)
 
     def forward(self, gists: Tensor, levels: Tensor, head_start: Tensor | None) -> Tensor:
@@ -79,14 +83,30 @@ class TailEncoder(nn.Module):
         return self.mlp(self.attention(self.queries.expand(len(hidden), -1, -1), memory, mask))
 
 
+class TokenGates(nn.Module):
+    """How much each token of the tail counts in each query's sum, by what the base thinks of it."""
+
+    def __init__(self, config: LensNetConfig) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(config.d_model)
+        self.map = nn.Linear(config.d_model, config.n_queries)
+        nn.init.zeros_(self.map.weight)
+        nn.init.zeros_(self.map.bias)
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Maps ``hidden [b, t, d_model]`` to ``[b, t, n_queries]`` from 0 to 2, at first 1."""
+        hidden = blank_padding(hidden.to(self.map.weight.dtype), mask)
+        return 2 * torch.sigmoid(self.map(self.norm(hidden))) * mask[..., None]
+
+
 class QueryHead(nn.Module):
-    """States of the tail (and summaries, where configured) to query vectors."""
+    """States of the tail (and its tokens, where configured) to query vectors."""
 
     def __init__(self, config: LensNetConfig) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(config.d_hidden)
         self.map = nn.Linear(config.d_hidden, config.key_width, bias=False)
-        if config.key_summary:
+        if config.key_vocabulary:
             nn.init.zeros_(self.map.weight)
         self.log_scale = nn.Parameter(torch.tensor(config.key_width).log() / 2)
 

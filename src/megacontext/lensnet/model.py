@@ -25,8 +25,9 @@ from megacontext.lensnet.keys import (
     KEYS_PER_CHUNK,
     KeyEncoder,
     QueryHead,
-    SummaryProjection,
     TailEncoder,
+    TokenGates,
+    TokenKeys,
     relevance,
 )
 from megacontext.lensnet.legality import Legality, mask_scores
@@ -48,10 +49,12 @@ class LensNet(PretrainedModule[LensNetConfig]):
 
     def __init__(self, config: LensNetConfig) -> None:
         super().__init__(config)
-        self.summary: SummaryProjection | None = None
+        self.token_keys: TokenKeys | None = None
+        self.token_gates: TokenGates | None = None
         with seeded_init(config.init_seed):
-            if config.key_summary:
-                self.summary = SummaryProjection(config)
+            if config.key_vocabulary:
+                self.token_keys = TokenKeys(config)
+                self.token_gates = TokenGates(config)
             self.key_encoder = KeyEncoder(config)
             self.tail_encoder = TailEncoder(config)
             self.query_head = QueryHead(config)
@@ -64,20 +67,21 @@ class LensNet(PretrainedModule[LensNetConfig]):
             column = FEATURE_NAMES.index("lexical_relative")
             self.cache_head.shortcut.weight[0, column] = config.lexical_prior
 
-    def encode_keys(self, gists: Tensor, levels: Tensor, summary: Tensor | None = None) -> Tensor:
+    def encode_keys(self, gists: Tensor, levels: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Makes the keys that are stored beside gists.
 
         Args:
             gists: ``[n, gist_width]``, any floating type.
             levels: int64 ``[n]``, from 1 to ``max_levels``.
-            summary: ``[n, d_model]``, for a LensNet with ``key_summary``: for instance the
-                idf-weighted mean of the span's token embeddings.
+            tokens: int64 ``[n, t]``, for a LensNet with ``key_vocabulary``: what the spans of
+                level 1 say, negative where a row is shorter. Spans above are too long to be told
+                by their tokens; they have none.
 
         Returns:
             ``[n, key_width]``, each of length 1.
 
         Raises:
-            InputError: a shape or level does not fit, or a summary is missing or not wanted.
+            InputError: a shape, level or token does not fit.
         """
         config = self.config
         if gists.ndim != 2 or gists.shape[1] != config.gist_width or not gists.is_floating_point():
@@ -94,29 +98,41 @@ class LensNet(PretrainedModule[LensNetConfig]):
                     f"levels run from {low} to {high}, expected 1 to max_levels "
                     f"({config.max_levels})"
                 )
-        head_start = self._head_start(summary, (len(gists), config.d_model))
+        head_start = None
+        if self.token_keys is not None and tokens is not None:
+            self._check_tokens(tokens, len(gists))
+            head_start = self.token_keys(tokens)
         return self.key_encoder(gists.to(self._dtype), levels, head_start)
 
     def encode_queries(
-        self, tail_hidden: Tensor, tail_mask: Tensor, summary: Tensor | None = None
+        self, tail_hidden: Tensor, tail_mask: Tensor, tokens: Tensor | None = None
     ) -> Tensor:
         """Draws queries from the tail.
 
         Args:
             tail_hidden: ``[b, t, d_model]``, the base model's hidden states, oldest first.
             tail_mask: bool ``[b, t]``, False for padding.
-            summary: ``[b, n_queries, d_model]``, for a LensNet with ``key_summary``: what each
-                query looks for, made in the way of the keys' summaries.
+            tokens: int64 ``[b, t]``, the tail's tokens, for a LensNet with ``key_vocabulary``;
+                padding is not looked at.
 
         Returns:
             ``[b, n_queries, key_width]``.
 
         Raises:
-            InputError: a shape does not fit, or a summary is missing or not wanted.
+            InputError: a shape does not fit, or a LensNet with ``key_vocabulary`` gets no tokens.
         """
         config = self.config
         check_tail(config, tail_hidden, tail_mask)
-        head_start = self._head_start(summary, (len(tail_mask), config.n_queries, config.d_model))
+        head_start = None
+        if self.token_keys is not None and self.token_gates is not None:
+            if tokens is None or tokens.shape != tail_mask.shape:
+                raise InputError(
+                    f"this LensNet has key_vocabulary on: give the tail's tokens, int64 "
+                    f"{tuple(tail_mask.shape)}"
+                )
+            tokens = tokens.masked_fill(~tail_mask, -1)
+            self._check_tokens(tokens, len(tail_mask))
+            head_start = self.token_keys(tokens, self.token_gates(tail_hidden, tail_mask))
         return self.query_head(self.tail_encoder(tail_hidden, tail_mask), head_start)
 
     def relevance(self, queries: Tensor, keys: Tensor, *, chunk: int = KEYS_PER_CHUNK) -> Tensor:
@@ -141,6 +157,12 @@ class LensNet(PretrainedModule[LensNetConfig]):
         Raises:
             InputError: a shape does not fit.
         """
+        scores = self.unmasked(entries, cache, tail)
+        legality = Legality(entries.mask & entries.can_expand, entries.mask & entries.can_collapse)
+        return Scores(mask_scores(scores.entry, legality), scores.cache)
+
+    def unmasked(self, entries: EntryFeatures, cache: CacheFeatures, tail: TailStates) -> Scores:
+        """The scores before illegal directions are set to 0, for training."""
         check_inputs(self.config, entries, cache, tail)
         tail_states = self.tail_encoder(tail.hidden, tail.mask)
         entry_states = self.entry_input(entries.vectors, entries.features, entries.mask)
@@ -155,24 +177,23 @@ class LensNet(PretrainedModule[LensNetConfig]):
                 tail_states,
             )
         entry = self.entry_head(entry_states, entries.features, entries.mask)
-        cache_score = self.cache_head(cache_states, cache.features, cache.mask)
-        legality = Legality(entries.mask & entries.can_expand, entries.mask & entries.can_collapse)
-        return Scores(mask_scores(entry, legality), cache_score)
+        return Scores(entry, self.cache_head(cache_states, cache.features, cache.mask))
 
     @property
     def _dtype(self) -> torch.dtype:
         return self.query_head.map.weight.dtype
 
-    def _head_start(self, summary: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
-        if self.summary is None:
-            if summary is not None:
-                raise InputError("a summary is given, but this LensNet has key_summary off")
-            return None
-        if summary is None:
-            raise InputError(f"this LensNet has key_summary on: give a summary of shape {shape}")
-        if tuple(summary.shape) != shape:
-            raise InputError(f"summary has shape {tuple(summary.shape)}, expected {shape}")
-        return self.summary(summary)
+    def _check_tokens(self, tokens: Tensor, rows: int) -> None:
+        limit = self.config.key_vocabulary
+        if tokens.ndim != 2 or len(tokens) != rows or tokens.dtype != torch.int64:
+            raise InputError(
+                f"tokens are {tokens.dtype} {tuple(tokens.shape)}, expected int64 [{rows}, t]"
+            )
+        if tokens.numel() and int(tokens.max()) >= limit:
+            raise InputError(
+                f"token {int(tokens.max())} is outside key_vocabulary ({limit}); this LensNet was "
+                "made for another base model"
+            )
 
 
 class SpanInput(nn.Module):

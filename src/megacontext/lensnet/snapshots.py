@@ -25,12 +25,12 @@ INDEX_FILE = "index.json"
 FORMAT = "megacontext-snapshots"
 FORMAT_VERSION = 1
 
-_GROUPS = ("entry", "cache", "tail", "query")
+_GROUPS = ("entry", "cache", "tail")
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One refocus: ``n`` entries, ``m`` cache items, ``t`` tail tokens, ``q`` query summaries.
+    """One refocus: ``n`` entries, ``m`` cache items, ``t`` tail tokens.
 
     Utilities are in nats over the horizon; NaN where none was measured. Vectors, features and
     hidden states are kept in the floating type they come in.
@@ -47,10 +47,8 @@ class Snapshot:
         cache_starts: int64 ``[m]``.
         cache_vectors: ``[m, gist_width]``.
         cache_features: ``[m, n_features]``.
-        cache_summaries: ``[m, d_model]``, or ``[m, 0]`` for a LensNet without ``key_summary``.
         cache_utility: float32 ``[m]``.
         tail_hidden: ``[t, d_model]``, oldest first.
-        query_summaries: ``[q, d_model]``, or ``[0, d_model]`` without ``key_summary``.
         cursor: int64 scalar.
         tail_start: int64 scalar, first token of the tail.
     """
@@ -66,10 +64,8 @@ class Snapshot:
     cache_starts: Tensor
     cache_vectors: Tensor
     cache_features: Tensor
-    cache_summaries: Tensor
     cache_utility: Tensor
     tail_hidden: Tensor
-    query_summaries: Tensor
     cursor: Tensor
     tail_start: Tensor
 

@@ -30,6 +30,27 @@ class DecodedToken:
     round: int
 
 
+@dataclass(frozen=True)
+class Looks:
+    """What the focus looks for while an answer is written.
+
+    Attributes:
+        query: ``[q]`` int64; ``None``: the newest tokens.
+        again: text behind which it looks again; empty for none.
+    """
+
+    query: Tensor | None
+    again: str
+
+    def after(self, base: BaseModel, said: Tensor) -> bool:
+        """Whether to look again behind an answer of tokens ``said [a]`` so far."""
+        if not self.again:
+            return False
+        # A token holds a byte or more: the text is not made of more tokens than it has bytes.
+        newest = said[-len(self.again.encode()) :]
+        return base.decode(newest).endswith(self.again)
+
+
 class Answer:
     """Turns token ids into text one by one, and ends it at a stop text.
 

@@ -199,22 +199,22 @@ class BaseModel:
         """Final hidden states of a plain forward over tokens.
 
         Args:
-            ids: ``[n]`` int64.
+            ids: ``[n]`` or ``[batch, n]`` int64.
 
         Returns:
-            ``[n, d_model]`` in the model's dtype.
+            ``[n, d_model]`` or ``[batch, n, d_model]`` in the model's dtype.
         """
-        embeddings = self.embed(ids)
-        positions = torch.arange(ids.shape[0], device=self.device)
+        embeddings = self.embed(ids).reshape(-1, ids.shape[-1], self.d_model)
+        positions = torch.arange(ids.shape[-1], device=self.device)
         with torch.inference_mode():
             cache = kv_cache.empty_cache(self.device)
             output = self.model.get_decoder()(
-                inputs_embeds=embeddings[None],
-                position_ids=positions[None],
+                inputs_embeds=embeddings,
+                position_ids=positions.expand(len(embeddings), -1),
                 past_key_values=cache.entries,
                 use_cache=True,
             )
-        return output.last_hidden_state[0].clone()
+        return output.last_hidden_state.clone().reshape(*ids.shape, self.d_model)
 
     @torch.inference_mode()
     def prefill(

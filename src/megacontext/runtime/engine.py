@@ -22,7 +22,7 @@ from megacontext.errors import (
 from megacontext.gistnet import GistNet
 from megacontext.lensnet import LensNet
 from megacontext.memory import Memory, MemoryIdentity, Source
-from megacontext.runtime.answer import Answer, DecodedToken
+from megacontext.runtime.answer import Answer, DecodedToken, Looks
 from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.companions import require_fit
 from megacontext.runtime.context_input import ContextInput
@@ -270,6 +270,7 @@ class Engine:
         max_new_tokens: int = 256,
         stop: str = "",
         query: str = "",
+        look_again: str = "",
         remember: bool = True,
         seed: int = 0,
         **sampling: Any,
@@ -285,6 +286,8 @@ class Engine:
             query: text to focus for; prompt and answer themselves if empty. Give the bare question
                 where the prompt wraps it in words of its own. Unless remembered, such a question
                 starts from the coarsest context: what was in detail before is not its concern.
+            look_again: text, such as the end of a sentence, behind which the focus looks again, for
+                query and answer so far: one note may lead to the next.
             remember: whether prompt and answer become part of the memory. If not, the focus
                 returns to where it stood once the answer is complete.
             seed: of the sampler.
@@ -308,9 +311,8 @@ class Engine:
         if query and not remember:
             self.focus.start_over()
         try:
-            for decoded in self._decode(
-                answer, sampler, max_new_tokens, query=asked, remember=remember
-            ):
+            looks = Looks(asked, look_again)
+            for decoded in self._decode(answer, sampler, max_new_tokens, looks, remember=remember):
                 self._decoded.append(decoded)
                 yield decoded
         finally:
@@ -335,19 +337,23 @@ class Engine:
         answer: Answer,
         sampler: TokenSampler,
         max_new_tokens: int,
+        looks: Looks,
         *,
-        query: Tensor | None,
         remember: bool,
     ) -> Iterator[DecodedToken]:
         size, start = self.memory.identity.block_size, self.memory.n_tokens
+        n_prompt = len(answer.said)
         reading: _Reading | None = None
+        again = False
         for count in range(max_new_tokens):
-            if reading is None or count % size == 0:
+            if reading is None or again or count % size == 0:
                 if remember:
                     self._commit(answer.certain[self.memory.n_tokens - start :])
                 pending = answer.said[self.memory.n_tokens - start :]
-                rounds = self.config.refocus_rounds if reading is None else 1
-                reading = self._focus_and_read(reading, pending, len(answer.said), rounds, query)
+                rounds = self.config.refocus_rounds if reading is None or again else 1
+                asked = looks.query
+                asked = None if asked is None else torch.cat((asked, answer.said[n_prompt:]))
+                reading = self._focus_and_read(reading, pending, len(answer.said), rounds, asked)
             else:
                 reading.logits = self._step(reading, answer.said[-1:])
             token = sampler.choose(reading.logits, answer.said)
@@ -356,6 +362,7 @@ class Engine:
             yield from answer.push(token, self.focus.state.round)
             if answer.stopped:
                 return
+            again = looks.after(self.base, answer.said[n_prompt:])
         yield from answer.finish()
 
     def ask(self, prompt: str, **options: Any) -> str:

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megacontext.errors import ConfigError
 from megacontext.gistnet import GistNet
 from megacontext.lensnet import LensNet
 from megacontext.memory import Memory
 from megacontext.runtime.base_model import BaseModel
+from megacontext.runtime.gist_features import GistFeatures, encode_blocks
 
 # The newest tokens of the block before join a block's index text, so that a word cut by the border
 # is found whole and a sentence that starts just before it is found with its end.
-_OVERLAP_TOKENS = 8
+OVERLAP_TOKENS = 8
 _STORED = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -37,26 +37,23 @@ class BuiltGists:
 
 
 class GistBuilder:
-    """Builds gists with one GistNet over one base model's embeddings.
+    """Builds gists with one GistNet over one base model's embeddings or first layers.
 
     Args:
-        base: the frozen base model; only its embeddings and tokenizer are used.
+        base: the frozen base model; of it only the tokenizer, the embeddings and the layers that
+            the GistNet asks for are used.
         gistnet: the compressor.
         lens: makes the keys stored beside the gists, on the CPU; ``None`` stores none.
 
     Raises:
-        ConfigError: the lens needs summaries for its keys, which are not made here.
+        ConfigError: the base lacks the layers or positions that the GistNet's features need.
     """
 
     def __init__(self, base: BaseModel, gistnet: GistNet, lens: LensNet | None = None) -> None:
-        if lens is not None and lens.config.key_summary:
-            raise ConfigError(
-                "the LensNet has key_summary on: its keys need summaries, which only training "
-                "makes; train one with key_summary=false"
-            )
         self.base = base
         self.gistnet = gistnet
         self.lens = lens
+        self.features = GistFeatures(base, gistnet.config)
         self.block_size = gistnet.config.block_size
 
     @torch.inference_mode()
@@ -70,18 +67,19 @@ class GistBuilder:
         built = BuiltGists({}, {}, {}, [])
         if not count:
             return built
-        reach = self.gistnet.config.context_tokens
-        before = memory.tokens(max(0, first * size - reach), first * size).long()
+
+        def read(start: int, end: int) -> Tensor:
+            before = memory.tokens(start, min(end, memory.n_tokens)).long()
+            return torch.cat((before, new_tokens[: max(0, end - memory.n_tokens)].long()))
+
         # Gists are made from children as they are stored: what a level holds must not depend on how
         # the text was cut into commits.
         stored = _STORED[memory.identity.gist_dtype]
-        made = self.gistnet.encode_level(
-            self.base.embed(tokens[: count * size]),
-            1,
-            self.base.embed(before) if len(before) else None,
-        )
-        self._add(built, 1, made.vectors.to("cpu", stored), made.fidelity.cpu())
-        built.block_texts.extend(self._texts(memory, first, tokens, count))
+        made = encode_blocks(self.features, self.gistnet, read, first, first + count)
+        lead = read(max(0, first * size - OVERLAP_TOKENS), first * size)
+        told = overlapping_blocks(lead, tokens[: count * size], size)
+        self._add(built, 1, made.vectors.to("cpu", stored), made.fidelity.cpu(), told)
+        built.block_texts.extend(self.base.decode_batch([row[row >= 0].tolist() for row in told]))
         total = memory.n_tokens + len(new_tokens)
         level, width = 2, size**2
         while total // width > memory.n_tokens // width:
@@ -95,19 +93,32 @@ class GistBuilder:
             level, width = level + 1, width * size
         return built
 
-    def _add(self, built: BuiltGists, level: int, vectors: Tensor, fidelity: Tensor) -> None:
+    def _add(
+        self,
+        built: BuiltGists,
+        level: int,
+        vectors: Tensor,
+        fidelity: Tensor,
+        tokens: Tensor | None = None,
+    ) -> None:
         built.gists[level] = vectors
         built.fidelity[level] = fidelity
         if self.lens is not None:
             levels = torch.full((len(vectors),), level)
-            built.keys[level] = self.lens.encode_keys(vectors, levels)
+            built.keys[level] = self.lens.encode_keys(vectors, levels, tokens)
 
-    def _texts(self, memory: Memory, first: int, tokens: Tensor, count: int) -> list[str]:
-        size = self.block_size
-        lead = min(_OVERLAP_TOKENS, first * size)
-        ids = torch.cat((memory.tokens(first * size - lead, first * size).long(), tokens)).tolist()
-        blocks = [
-            ids[max(0, lead + i * size - _OVERLAP_TOKENS) : lead + (i + 1) * size]
-            for i in range(count)
-        ]
-        return self.base.decode_batch(blocks)
+
+def overlapping_blocks(lead: Tensor, tokens: Tensor, block_size: int) -> Tensor:
+    """Blocks, each with the end of the one before, as index and keys tell them.
+
+    Args:
+        lead: int64 ``[l]``, the newest tokens before the first block, at most 8.
+        tokens: int64 ``[n * block_size]``.
+        block_size: tokens of a block.
+
+    Returns:
+        int64 ``[n, 8 + block_size]``; where a lead is shorter, -1.
+    """
+    missing = lead.new_full((OVERLAP_TOKENS - len(lead),), -1)
+    line = torch.cat((missing, lead, tokens))
+    return line.unfold(0, OVERLAP_TOKENS + block_size, block_size)

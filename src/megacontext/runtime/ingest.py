@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megacontext.errors import InputError
 from megacontext.memory import Memory, Source
 from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.gist_builder import BuiltGists, GistBuilder
@@ -74,6 +75,30 @@ class Ingestor:
             self.append(tokens, source_id, progress)
         return Ingested(start, self.memory.n_tokens)
 
+    def ingest_tokens(
+        self,
+        tokens: Tensor,
+        source: Source | None = None,
+        progress: Progress | None = None,
+    ) -> Ingested:
+        """Appends a history that is token ids ``[n]`` of the base already.
+
+        The memory is the one that :meth:`ingest` makes of the text with these tokens.
+
+        Args:
+            tokens: int64 or int32.
+            source: where they came from; recorded with their range.
+            progress: called with the number of tokens of every commit.
+
+        Raises:
+            MemoryStoreError: a commit failed; all commits before it stand.
+        """
+        start = self.memory.n_tokens
+        source_id = self.memory.begin_source(source) if source is not None else None
+        if len(tokens):
+            self.append(tokens, source_id, progress)
+        return Ingested(start, self.memory.n_tokens)
+
     def token_chunks(self, text: str | Iterable[str], size: int) -> Iterator[Tensor]:
         """Tokenizes a stream: ``[size]`` int64 token ids at a time, the last chunk shorter."""
         held: list[Tensor] = []
@@ -93,7 +118,17 @@ class Ingestor:
     def append(
         self, tokens: Tensor, source_id: int | None = None, progress: Progress | None = None
     ) -> None:
-        """Appends token ids ``[n]``, one commit per ``chunk_tokens``."""
+        """Appends token ids ``[n]``, one commit per ``chunk_tokens``.
+
+        Raises:
+            InputError: an id lies outside the base model's vocabulary; nothing is appended.
+            MemoryStoreError: a commit failed; all commits before it stand.
+        """
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.base.vocab_size:
+            raise InputError(
+                f"{self.base.name}: token ids must lie in 0…{self.base.vocab_size - 1}; was the "
+                "text tokenized for another model?"
+            )
         for chunk in tokens.split(self.chunk_tokens):
             started = time.perf_counter()
             built = self.builder.build(self.memory, chunk)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,23 @@ from megacontext.lensnet import (
 from megacontext.runtime.focus_policies import FocusView, LexicalPolicy, proposals_to_scores
 from megacontext.runtime.focus_scores import FocusScores
 from megacontext.runtime.working_context import WorkingContext
+
+
+@dataclass(frozen=True, eq=False)
+class LensInputs:
+    """What LensNet reads of one working context, a batch of one.
+
+    Attributes:
+        blocks: ``[m]`` int64, the proposed blocks, which the cache items are.
+        entries: the working entries.
+        cache: the proposed blocks.
+        tail: the query.
+    """
+
+    blocks: Tensor
+    entries: EntryFeatures
+    cache: CacheFeatures
+    tail: TailStates
 
 
 class LensPolicy:
@@ -40,6 +59,24 @@ class LensPolicy:
         context = view.context
         if not len(context):
             return FocusScores.unknown(0)
+        inputs = self.inputs(view)
+        scores = self.lens(inputs.entries, inputs.cache, inputs.tail)
+        signed = scores.entry[0].float()
+        proposed = proposals_to_scores(context, inputs.blocks, scores.cache[0].float())
+        kept = proposed.entry_utility
+        # A gist's score was measured by opening it: that detail is not worth having there is no
+        # reason to give up the gist as well.
+        harm = signed.clamp(max=0.0).masked_fill(context.levels > 0, 0.0)
+        return FocusScores(
+            proposal_blocks=proposed.proposal_blocks,
+            proposal_utility=proposed.proposal_utility,
+            entry_utility=torch.where(kept > 0, kept, harm),
+            expand_utility=signed.clamp(min=0.0),
+        )
+
+    def inputs(self, view: FocusView) -> LensInputs:
+        """What the lens is given for a view of at least one entry."""
+        context = view.context
         hidden = view.base.features(view.query).float().cpu()[None]
         tail = TailStates(hidden, torch.ones(hidden.shape[:2], dtype=torch.bool))
         blocks, lexical, learned = self._propose(view, tail)
@@ -59,23 +96,13 @@ class LensPolicy:
             can_expand=legality.can_expand,
             can_collapse=legality.can_collapse,
         )
+        starts = blocks * context.block_size
         cache = CacheFeatures(
-            vectors=self._vectors(view, torch.zeros_like(blocks), blocks * context.block_size)[
-                None
-            ],
+            vectors=self._vectors(view, torch.zeros_like(blocks), starts)[None],
             features=span_features(self._cache_facts(view, blocks, lexical, learned)),
             mask=torch.ones(1, len(blocks), dtype=torch.bool),
         )
-        scores = self.lens(entries, cache, tail)
-        signed = scores.entry[0].float()
-        proposed = proposals_to_scores(context, blocks, scores.cache[0].float())
-        kept = proposed.entry_utility
-        return FocusScores(
-            proposal_blocks=proposed.proposal_blocks,
-            proposal_utility=proposed.proposal_utility,
-            entry_utility=torch.where(kept > 0, kept, signed.clamp(max=0.0)),
-            expand_utility=signed.clamp(min=0.0),
-        )
+        return LensInputs(blocks, entries, cache, tail)
 
     def _propose(self, view: FocusView, tail: TailStates) -> tuple[Tensor, Tensor, Tensor]:
         """Blocks ``[m]`` before the tail with lexical and learned scores or NaN, raw ones too."""
@@ -95,7 +122,7 @@ class LensPolicy:
         nothing = torch.empty(0)
         if memory.identity.key_width == 0 or not old:
             return nothing.long(), nothing
-        queries = self.lens.encode_queries(tail.hidden, tail.mask)
+        queries = self.lens.encode_queries(tail.hidden, tail.mask, view.query[None])
         relevance = self.lens.relevance(queries, memory.keys(1, 0, old))[0].float()
         best, blocks = torch.topk(relevance, min(self.proposals, old))
         return blocks, best

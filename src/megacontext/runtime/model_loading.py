@@ -42,8 +42,12 @@ def resolve_model(name_or_path: str | Path) -> tuple[str, bool]:
             known = ", ".join(BUNDLED_PREFIX + known for known in bundled_models()) or "none"
             raise ModelNotFoundError(f"{name}: no such bundled model; bundled are: {known}")
         return str(resources.files("megacontext") / "assets" / bundled), True
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(name).expanduser()
+        is_folder = folder.is_dir()
+    except (OSError, RuntimeError) as error:
+        raise ModelNotFoundError(f"{_line(ValueError(name))}: no folder: {_line(error)}") from None
+    if is_folder:
         if not (folder / "config.json").is_file():
             raise ModelNotFoundError(
                 f"{name}: this folder holds no config.json; give a folder written by "
@@ -75,6 +79,7 @@ def load_model(
             source,
             dtype=torch_dtype,
             trust_remote_code=False,
+            use_safetensors=True,
             local_files_only=local,
             output_loading_info=True,
         )

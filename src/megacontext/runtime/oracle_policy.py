@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megacontext.runtime.focus_allocator import FocusAllocator
+from megacontext.runtime.counterfactual import Counterfactual
 from megacontext.runtime.focus_policies import FocusView, LexicalPolicy, proposals_to_scores
-from megacontext.runtime.focus_scores import AllocatorState, FocusScores
-from megacontext.runtime.working_context import WorkingContext
+from megacontext.runtime.focus_scores import FocusScores
 
 
 class OraclePolicy:
@@ -32,7 +31,6 @@ class OraclePolicy:
         self.future = future
         self.hints = tuple(hints)
         self._lexical = LexicalPolicy(proposals=proposals)
-        self._allocator = FocusAllocator()
 
     def score(self, view: FocusView) -> FocusScores:
         """Measured utilities of all candidates, raw ones included."""
@@ -43,27 +41,5 @@ class OraclePolicy:
         blocks = torch.unique(torch.cat((found, hints)))
         if not len(blocks):
             return proposals_to_scores(context, blocks, torch.empty(0))
-        now = self._nll(view, context, None)
-        utility = torch.stack([self._gain(view, int(block), now) for block in blocks])
+        utility = Counterfactual(view, self.future).blocks(blocks)
         return proposals_to_scores(context, blocks, utility)
-
-    def _gain(self, view: FocusView, block: int, now: Tensor) -> Tensor:
-        """What having the block raw is worth; for a block that is raw, what it would lose."""
-        context, token = view.context, block * view.context.block_size
-        entry = context.index_of(token)
-        if int(context.levels[entry]) > 0:
-            return now - self._nll(view, context.reveal(block), token)
-        without = context.collapse(entry)
-        return self._nll(view, without, None) - self._nll(view, context, token)
-
-    def _nll(self, view: FocusView, context: WorkingContext, kept: int | None) -> Tensor:
-        """Summed NLL of the coming tokens; room is made last with the entry over token ``kept``."""
-        nothing = torch.empty(0)
-        worth = torch.zeros(len(context))
-        if kept is not None:
-            worth[context.index_of(kept)] = 1e6
-        scores = FocusScores(nothing.long(), nothing, worth, torch.zeros(len(context)))
-        reserve = len(view.pending) + len(self.future)
-        plan = self._allocator.make_room(context, scores, AllocatorState.initial(), reserve)
-        reading = view.reader.read(plan.context, view.pending, ahead=len(self.future))
-        return view.base.nll(reading, self.future).sum().cpu()

@@ -15,6 +15,8 @@ from megacontext.memory import Memory, MemoryIdentity
 from megacontext.memory.rebuild import GistBatch
 from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.engine import Engine
+from megacontext.runtime.gist_builder import OVERLAP_TOKENS, overlapping_blocks
+from megacontext.runtime.gist_features import GistFeatures, encode_blocks
 
 _BLOCKS_PER_BATCH = 1024
 
@@ -38,13 +40,13 @@ def regist(
     Raises:
         MemoryMismatchError: the memory belongs to another base model, tokenizer or block size.
         MemoryStoreError: the disk failed; the memory is as it was.
-        ConfigError: the lens cannot make keys here.
+        ConfigError: the base lacks the layers or positions that the GistNet's features need.
     """
     identity = Engine.identity(base, gistnet, lens)
     _require_same_base(memory, identity)
     gistnet = gistnet.to(base.device)
     size = gistnet.config.block_size
-    reach = gistnet.config.context_tokens
+    features = GistFeatures(base, gistnet.config)
 
     def make(level: int, read: Callable[[int, int], Tensor]) -> Iterator[GistBatch]:
         total = memory.count(level)
@@ -53,15 +55,19 @@ def regist(
             children = read(first * size, last * size)
             with torch.inference_mode():
                 if level == 1:
-                    before = read(max(0, first * size - reach), first * size)
-                    context = base.embed(before.long()) if len(before) else None
-                    made = gistnet.encode_level(base.embed(children.long()), 1, context)
+                    made = encode_blocks(features, gistnet, read, first, last)
                 else:
                     made = gistnet.encode_level(children.to(base.device).float(), level)
                 vectors = made.vectors.to("cpu", torch.float16)
                 keys = None
                 if lens is not None:
-                    keys = lens.encode_keys(vectors, torch.full((len(vectors),), level))
+                    told = None
+                    if level == 1:
+                        lead = read(max(0, first * size - OVERLAP_TOKENS), first * size)
+                        tokens = read(first * size, last * size).long()
+                        told = overlapping_blocks(lead.long(), tokens, size)
+                    levels = torch.full((len(vectors),), level)
+                    keys = lens.encode_keys(vectors, levels, told)
             if progress is not None:
                 progress(level, last - first)
             yield GistBatch(vectors, keys, made.fidelity.cpu())

@@ -13,7 +13,7 @@ from megacontext.errors import MegaContextError
 from megacontext.lensnet import LensNet, LensNetConfig
 from megacontext.memory import Memory
 from megacontext.runtime.base_model import BaseModel
-from megacontext.runtime.companions import load_gistnet
+from megacontext.runtime.companions import load_gistnet, load_lens
 from megacontext.runtime.engine import Engine, EngineConfig
 from megacontext.runtime.focus_policies import (
     AttentionPolicy,
@@ -24,7 +24,7 @@ from megacontext.runtime.focus_policies import (
 from megacontext.runtime.lens_policy import LensPolicy
 from megacontext.telemetry import JsonlSink, Telemetry
 
-PolicyName = Literal["recency", "lexical", "attention", "lens"]
+PolicyName = Literal["auto", "recency", "lexical", "attention", "lens"]
 
 
 class SessionConfig(FrozenConfig):
@@ -34,10 +34,11 @@ class SessionConfig(FrozenConfig):
         model: local folder, hub id, or ``bundled:NAME``.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
         device: where the base model runs.
-        gistnet: folder of a GistNet checkpoint, or ``mean``: a gist is the mean of its span. If
-            none, the one bundled with the model, or ``mean`` where there is none.
-        lens: folder of a LensNet checkpoint; policy ``lens`` without one starts untrained.
-        policy: focus policy.
+        gistnet: folder of a GistNet checkpoint, ``bundled`` for the one shipped with the model, or
+            ``mean``, the default: a gist is the mean of its span.
+        lens: folder of a LensNet checkpoint, or ``none``. If not given, the one bundled with the
+            model, if it fits the gists; policy ``lens`` without any starts untrained.
+        policy: focus policy; ``auto``: ``lens`` where there is a LensNet, else ``lexical``.
         engine: budget and habits.
         telemetry: JSONL file that every step is written to.
     """
@@ -46,8 +47,8 @@ class SessionConfig(FrozenConfig):
     dtype: str = "float32"
     device: str = "cpu"
     gistnet: str | Path | None = None
-    lens: Path | None = None
-    policy: PolicyName = "lexical"
+    lens: str | Path | None = None
+    policy: PolicyName = "auto"
     engine: EngineConfig = EngineConfig()
     telemetry: Path | None = None
 
@@ -58,11 +59,14 @@ class DecodeConfig(FrozenConfig):
     Attributes:
         max_new_tokens: most tokens of an answer.
         stop: text that ends an answer.
+        look_again: text behind which the focus looks again while an answer is written; empty:
+            after every block only.
         seed: of the sampler.
     """
 
     max_new_tokens: int = Field(default=128, ge=1)
     stop: str = ""
+    look_again: str = "."
     seed: int = 0
     do_sample: bool | None = None
     temperature: float | None = Field(default=None, gt=0)
@@ -92,7 +96,7 @@ class Session:
             config.model, dtype=config.dtype, device=config.device
         )
         self.gistnet = load_gistnet(config.gistnet, self.base, config.model)
-        self.lens = None if config.lens is None else LensNet.from_pretrained(config.lens)
+        self.lens = load_lens(config.lens, self.base, self.gistnet, config.model)
         sink = None if config.telemetry is None else JsonlSink(config.telemetry)
         self.telemetry = Telemetry(sink)
 
@@ -130,7 +134,10 @@ class Session:
 
     def policy(self) -> FocusPolicy:
         """A new policy as configured."""
-        match self.config.policy:
+        name = self.config.policy
+        if name == "auto":
+            name = "lexical" if self.lens is None else "lens"
+        match name:
             case "recency":
                 return RecencyPolicy()
             case "lexical":

@@ -20,7 +20,7 @@ from megacontext.lensnet import (
 D, WIDTH = 8, 16
 
 
-def snapshot(seed, n=3, m=2, t=4, q=0, summary=0):
+def snapshot(seed, n=3, m=2, t=4, width=D):
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -38,10 +38,8 @@ def snapshot(seed, n=3, m=2, t=4, q=0, summary=0):
         cache_starts=torch.arange(m) * 64,
         cache_vectors=draw(m, WIDTH).half(),
         cache_features=draw(m, N_FEATURES),
-        cache_summaries=draw(m, summary),
         cache_utility=draw(m),
-        tail_hidden=draw(t, D).bfloat16(),
-        query_summaries=draw(q, D),
+        tail_hidden=draw(t, width).bfloat16(),
         cursor=torch.tensor(1000 + seed),
         tail_start=torch.tensor(900),
     )
@@ -87,8 +85,6 @@ def test_collate_pads_with_masks():
     assert batch.entry_utility[1, 1:].isnan().all()
     assert batch.cache_utility[0].isnan().all()
     assert batch.cursor.tolist() == [1000, 1001]
-    assert batch.cache_summaries.shape == (2, 2, 0)
-    assert batch.query_summaries.shape == (2, 0, D)
     with pytest.raises(DataError, match="at least one"):
         collate([])
 
@@ -193,8 +189,8 @@ def test_foreign_state_is_refused(dataset, change, message):
 
 
 def test_snapshots_must_fit_together(tmp_path):
-    with pytest.raises(DataError, match=r"snapshot 1 has other widths.*cache_summaries"):
-        write_snapshots(tmp_path / "a", [snapshot(0), snapshot(1, summary=D)])
+    with pytest.raises(DataError, match=r"snapshot 1 has other widths.*tail_hidden"):
+        write_snapshots(tmp_path / "a", [snapshot(0), snapshot(1, width=2 * D)])
     broken = dataclasses.replace(snapshot(0), entry_starts=torch.arange(9))
     with pytest.raises(DataError, match="entry_starts has 9 rows, expected 3"):
         write_snapshots(tmp_path / "b", [broken])

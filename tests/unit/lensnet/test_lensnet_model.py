@@ -139,7 +139,7 @@ def test_untrained_heads_can_start_to_learn():
 
 @torch.no_grad()
 def test_checkpoint_round_trip_is_bit_identical(tmp_path):
-    net = trained(key_summary=True)
+    net = trained(key_vocabulary=50)
     net.save_pretrained(tmp_path)
     loaded = LensNet.from_pretrained(tmp_path)
     assert loaded.config == net.config
@@ -158,7 +158,7 @@ def test_another_networks_checkpoint_is_refused(tmp_path):
 
 
 def test_initial_weights_come_from_the_seed_alone():
-    config = LensNetConfig(**SMALL, key_summary=True)
+    config = LensNetConfig(**SMALL, key_vocabulary=50)
     state = torch.get_rng_state()
     first = LensNet(config)
     assert torch.equal(torch.get_rng_state(), state)

@@ -7,7 +7,6 @@ import torch
 from engine_cases import K, learned_gistnet, words
 from tiny_models import tiny_base_model
 
-from megacontext.errors import ConfigError
 from megacontext.gistnet import GistNet
 from megacontext.lensnet import LensNet, LensNetConfig
 from megacontext.memory import Memory
@@ -99,7 +98,15 @@ def test_keys_come_from_the_lens(base, tmp_path):
         assert torch.equal(built.keys[level], keys)
 
 
-def test_a_lens_whose_keys_need_summaries_is_refused(base):
-    lens = LensNet(LensNetConfig(d_model=base.d_model, key_summary=True))
-    with pytest.raises(ConfigError, match="key_summary"):
-        GistBuilder(base, GistNet.untrained(base.d_model), lens)
+def test_keys_of_blocks_know_their_tokens_and_the_end_of_the_block_before(base, tmp_path):
+    net = GistNet.untrained(base.d_model)
+    config = LensNetConfig(d_model=base.d_model, key_width=16, key_vocabulary=base.vocab_size)
+    lens = LensNet(config).eval()
+    tokens = base.encode(words(200))
+    memory = empty_memory(tmp_path, base, net, lens)
+    built = GistBuilder(base, net, lens).build(memory, tokens)
+    for index in (0, 1, len(built.keys[1]) - 1):
+        told = tokens[max(0, index * 32 - 8) : index * 32 + 32]
+        with torch.no_grad():
+            key = lens.encode_keys(built.gists[1][index][None], torch.ones(1).long(), told[None])
+        torch.testing.assert_close(built.keys[1][index], key[0])

@@ -63,6 +63,20 @@ def test_texts_do_not_see_each_other():
     assert not torch.allclose(first[1], second[1], atol=1e-2)
 
 
+@torch.no_grad()
+def test_features_are_read_in_place_of_embeddings():
+    net = trained_gistnet(feature_layers=1)
+    embeddings, features = texts(2, 6 * K), texts(2, 6 * K, seed=5)
+    buffers = HistoryBuffers.encode(net, embeddings, levels=2, features=features)
+    assert buffers.embeddings is embeddings
+    known = HistoryBuffers.encode(trained_gistnet(), features, levels=2)
+    assert torch.equal(buffers.gists, known.gists)
+    with pytest.raises(InputError, match="states after 1 layers: give the features"):
+        HistoryBuffers.encode(net, embeddings)
+    with pytest.raises(InputError, match=r"features have shape \(2, 4, 16\), expected .* \(2, 24"):
+        HistoryBuffers.encode(net, embeddings, features=features[:, :K])
+
+
 def test_gradients_reach_every_weight_that_takes_part():
     net = trained_gistnet(pooling="slots")
     buffers = HistoryBuffers.encode(net, texts(2, K * K), levels=2)

@@ -75,6 +75,30 @@ def test_scores_are_legal(base, seed, tmp_path):
     assert scores.proposal_blocks.unique().numel() == scores.proposal_blocks.numel()
 
 
+def test_harm_of_detail_is_said_of_raw_blocks_alone(base, tmp_path):
+    """A gist is scored by opening it: if that wins nothing, its siblings need not collapse."""
+    lens = make_lens(base)
+    lens.entry_head.score.bias.data.fill_(-3.0)
+    engine = new_engine(tmp_path, base, policy=LensPolicy(lens), config=config(budget=250))
+    engine.ingest(words(40 * K))
+    opened = engine.context.expand(0).reveal(3)
+    engine.focus.context = opened.check()
+    gists = opened.levels > 0
+    collapsible = opened.legal_collapse
+    assert int((gists & collapsible).sum()) == 0, "a raw block among them"
+    whole = engine.context.collapse(3)
+    assert int(((whole.levels > 0) & whole.legal_collapse).sum()) == K
+    for context in (opened, whole):
+        engine.focus.context = context
+        view = engine.focus.view(base.encode("zebra"))
+        scores = LensPolicy(lens).score(view).check(context)
+        raw = context.levels == 0
+        asked = scores.entry_utility < 0
+        assert torch.equal(asked, raw & context.legal_collapse)
+    engine.focus.context = whole
+    assert not engine.refocus("zebra").edits
+
+
 def test_a_raw_block_that_is_proposed_is_kept(base, tmp_path):
     """Or the next refocus would take back what the last one did."""
     lens = make_lens(base, lexical_prior=1.0)

@@ -154,14 +154,34 @@ def test_telemetry_of_a_session(model, tmp_path):
 
 
 def test_decode_options_leave_the_rest_to_the_model():
-    assert DecodeConfig().options() == {"max_new_tokens": 128, "stop": "", "seed": 0}
-    chosen = DecodeConfig(do_sample=True, temperature=0.5)
-    assert chosen.options() == {
-        "max_new_tokens": 128,
-        "stop": "",
-        "seed": 0,
+    habits = {"max_new_tokens": 128, "stop": "", "look_again": ".", "seed": 0}
+    assert DecodeConfig().options() == habits
+    chosen = DecodeConfig(do_sample=True, temperature=0.5, look_again="")
+    assert chosen.options() == habits | {
+        "look_again": "",
         "do_sample": True,
         "temperature": 0.5,
     }
-    with pytest.raises(ConfigError):
-        DecodeConfig.parse({"temperature": 0})
+    for wrong in ({"temperature": 0}, {"look_again": None}, {"look_agin": "."}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            DecodeConfig.parse(wrong)
+
+
+def test_how_often_to_look_is_decided_by_the_decoding(model, tmp_path):
+    with Session(settings(model)) as session:
+        engine = session.create(tmp_path / "a.mctx")
+        engine.ingest(words(600))
+        rounds = []
+        text = ""
+        for look_again in ("", "letter"):
+            decode = DecodeConfig(
+                max_new_tokens=20, look_again=text[:1] if look_again else "", do_sample=False
+            )
+            before = engine.state().rounds
+            tokens = list(
+                engine.generate("amber? ", remember=False, eos_token_id=(), **decode.options())
+            )
+            text = next(t.text for t in tokens if t.text.isascii() and t.text.strip())
+            rounds.append(engine.state().rounds - before)
+        engine.memory.close()
+    assert rounds[1] > rounds[0]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megacontext.errors import DataError
-from megacontext.training import texts
+from megacontext.tasks import text_streams
 from megacontext.training.lm_batches import END_OF_TEXT, read_documents
 from megacontext.training.texts import (
     bundled_texts,
@@ -31,7 +31,7 @@ def test_the_stream_gives_the_documents_that_reading_at_once_gives(tmp_path_fact
     path = tmp_path_factory.mktemp("texts") / "corpus.txt"
     path.write_bytes("".join(pieces).encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(texts, "_CHUNK_BYTES", chunk)
+        patch.setattr(text_streams, "_CHUNK_BYTES", chunk)
         assert streamed(path) == read_documents([path])
 
 

@@ -1,0 +1,118 @@
+"""The loss of LensNet's second stage: scores that are the measured worth of detail, in nats."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from megacontext.config import FrozenConfig
+from megacontext.lensnet import Legality, LensNet, Scores, SnapshotBatch, mask_scores
+
+# Utilities closer than this, in nats, are not ranked: they may be rounding or chance.
+_RANKED = 0.1
+
+
+class ScoreLossConfig(FrozenConfig):
+    """Weights of the terms.
+
+    Attributes:
+        ranking_weight: of putting proposed blocks of one snapshot into the right order.
+        balance_weight: of asking, summed over a snapshot, for as many nats as there are to win.
+        legality_weight: of staying at 0 where a move is illegal, before the mask.
+        huber: nats; errors beyond it count linearly, since single answers can be worth ten nats.
+    """
+
+    ranking_weight: float = Field(default=0.3, ge=0, allow_inf_nan=False)
+    balance_weight: float = Field(default=0.1, ge=0, allow_inf_nan=False)
+    legality_weight: float = Field(default=0.05, ge=0, allow_inf_nan=False)
+    huber: float = Field(default=2.0, gt=0, allow_inf_nan=False)
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreTerms:
+    """The loss and its parts, scalars."""
+
+    loss: Tensor
+    regression: Tensor
+    ranking: Tensor
+    balance: Tensor
+    legality: Tensor
+
+
+def score_loss(lens: LensNet, batch: SnapshotBatch, config: ScoreLossConfig) -> ScoreTerms:
+    """Regression, ranking, budget balance and legality of the scores of recorded snapshots."""
+    free = lens.unmasked(batch.entries, batch.cache, batch.tail)
+    entries = batch.entries
+    legal = Legality(entries.mask & entries.can_expand, entries.mask & entries.can_collapse)
+    scores = Scores(mask_scores(free.entry, legal), free.cache)
+    known = ~batch.cache_utility.isnan()
+    cache_truth = batch.cache_utility.nan_to_num()
+    entry_known = ~batch.entry_utility.isnan()
+    entry_truth = batch.entry_utility.nan_to_num()
+    regression = _huber(scores.cache, cache_truth, known, config.huber) + _huber(
+        scores.entry, entry_truth, entry_known, config.huber
+    )
+    ranking = _ranking(scores.cache, cache_truth, known)
+    wanted = (cache_truth.clamp(min=0) * known).sum(dim=1)
+    asked = (scores.cache.clamp(min=0) * known).sum(dim=1)
+    balance = F.huber_loss(asked.log1p(), wanted.log1p())
+    legality = _illegal(free.entry, batch)
+    loss = (
+        regression
+        + config.ranking_weight * ranking
+        + config.balance_weight * balance
+        + config.legality_weight * legality
+    )
+    return ScoreTerms(loss, regression, ranking, balance, legality)
+
+
+def _huber(score: Tensor, truth: Tensor, known: Tensor, delta: float) -> Tensor:
+    error = F.huber_loss(score, truth, reduction="none", delta=delta)
+    return (error * known).sum() / known.sum().clamp(min=1)
+
+
+def _ranking(score: Tensor, truth: Tensor, known: Tensor) -> Tensor:
+    """Logistic loss over pairs of one snapshot whose worth differs."""
+    better = truth[:, :, None] > truth[:, None, :] + _RANKED
+    pairs = better & known[:, :, None] & known[:, None, :]
+    margin = score[:, :, None] - score[:, None, :]
+    return (F.softplus(-margin) * pairs).sum() / pairs.sum().clamp(min=1)
+
+
+def _illegal(free: Tensor, batch: SnapshotBatch) -> Tensor:
+    entries = batch.entries
+    up = free.clamp(min=0) * (entries.mask & ~entries.can_expand)
+    down = (-free).clamp(min=0) * (entries.mask & ~entries.can_collapse)
+    return (up + down).pow(2).sum() / entries.mask.sum().clamp(min=1)
+
+
+@torch.no_grad()
+def calibration(scores: Tensor, truth: Tensor) -> float:
+    """The factor that brings scores closest to the truth, by least squares; 1 without scores.
+
+    Args:
+        scores: ``[n]``.
+        truth: ``[n]``, in nats.
+    """
+    power = float(scores.pow(2).sum())
+    return float((scores * truth).sum()) / power if power > 0 else 1.0
+
+
+def rank_correlation(first: Tensor, second: Tensor) -> float:
+    """Spearman's rank correlation (1904) of two series ``[n]``; NaN where one is constant."""
+    if len(first) < 2:
+        return math.nan
+    ranks = torch.stack((_ranks(first), _ranks(second)))
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Ranks, ties at their mean."""
+    _, place, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts.double() - 1) / 2)[place]
