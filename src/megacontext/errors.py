@@ -112,7 +112,8 @@ class CorruptMemoryError(MemoryStoreError):
         where = f"{self.path.name} ({place})" if place else self.path.name
         super().__init__(
             f"{where}: {reason}. Restore the memory from a copy, or run "
-            f"`megacontext verify {self.path.parent}` for the extent of the damage"
+            f"`megacontext verify {self.path.parent}` for the extent of the damage; `megacontext "
+            "repair` makes anew all but the tokens"
         )
 
     def __reduce__(self) -> tuple[object, ...]:

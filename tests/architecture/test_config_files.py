@@ -16,6 +16,7 @@ CONFIG_TYPES = (
     ("runs/demo.yaml", "megacontext.evaluation.demo:DemoConfig"),
     ("runs/poc_*.yaml", "megacontext.evaluation.poc_loop:PocLoopConfig"),
     ("train/gistnet_*.yaml", "megacontext.training.train_gistnet:TrainGistNetConfig"),
+    ("train/lensnet_*.yaml", "megacontext.training.train_lensnet:TrainLensNetConfig"),
     ("train/small_gpu.yaml", "megacontext.training.train_base:TrainBaseConfig"),
     ("train/tiny_cpu.yaml", "megacontext.training.train_base:TrainBaseConfig"),
 )

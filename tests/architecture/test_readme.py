@@ -23,7 +23,9 @@ from megacontext.cli.talk_commands import TalkConfig
 from megacontext.config import FrozenConfig, load_config
 from megacontext.evaluation.base_suite import BaseSuiteConfig
 from megacontext.evaluation.demo import DemoConfig
+from megacontext.evaluation.focus_config import FocusSuiteConfig
 from megacontext.evaluation.ingest_suite import IngestSuiteConfig
+from megacontext.evaluation.proof_config import ProofSuiteConfig
 from megacontext.evaluation.substitution_suite import SubstitutionSuiteConfig
 from megacontext.runtime.session import SessionConfig
 
@@ -32,11 +34,14 @@ CONFIG_TYPES: dict[str, type[FrozenConfig]] = {
     "ingest": SessionConfig,
     "inspect": SessionConfig,
     "regist": SessionConfig,
+    "repair": SessionConfig,
     "ask": TalkConfig,
     "chat": TalkConfig,
     "bench base": BaseSuiteConfig,
     "bench ingest": IngestSuiteConfig,
     "bench substitution": SubstitutionSuiteConfig,
+    "bench focus": FocusSuiteConfig,
+    "bench proof": ProofSuiteConfig,
 }
 # Quick commands that need nothing but what came before them in the same file.
 QUICK = {"ingest", "inspect", "stats", "verify", "regist", "ask", "chat"}
@@ -96,6 +101,8 @@ def bare(words: list[str]) -> list[str]:
             return words[:index]
     if words[:3] == ["python", "-m", "megacontext"]:
         return words[2:]
+    if words[:3] == ["python", "-m", "tools.bench"]:
+        return ["megacontext", "bench", *words[3:]]
     return words
 
 

@@ -233,7 +233,7 @@ def test_a_configuration_file_and_what_is_set_reach_the_session(megacontext, tmp
         (["--set", "dtype=int8"], "dtype"),
         (["--set", "device=none"], "device"),
         (["--set", "gistnet=none"], "none"),
-        (["--set", "lens=none"], "none"),
+        (["--set", "lens=missing"], "missing"),
         (["--config", "none.yaml"], "none.yaml"),
         (["--json", "none/result.json"], "--json none/result.json"),
     ],

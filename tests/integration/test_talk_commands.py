@@ -49,9 +49,9 @@ def test_ask_answers_and_leaves_the_memory_as_it_was(megacontext, memory):
     question = "What is the secret code of the rusty lantern?"
     done = megacontext("ask", "--memory", memory, question, "--json", "-")
     assert done.status == 0, done.err
-    assert set(done.result) == {"answer", "edits", "cost", "history_tokens"}
+    assert set(done.result) == {"answer", "written", "edits", "cost", "history_tokens"}
     assert done.result["history_tokens"] == before["tokens"]
-    assert done.out.splitlines()[0].strip() == done.result["answer"]
+    assert done.out.splitlines()[0].strip() == done.result["written"]
     assert megacontext("stats", memory, "--json=-").result == before
     assert megacontext("ask", "--memory", memory, question, "--json", "-").out == done.out
 

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 from megacontext.cli.output import console, read_config, token_progress, write_json
 from megacontext.errors import InputError
 from megacontext.memory import Memory, Source
+from megacontext.memory.opening import is_taken
 from megacontext.runtime.engine import Engine
 from megacontext.runtime.regist import regist
 from megacontext.runtime.session import Session, SessionConfig
@@ -27,7 +28,7 @@ def run_ingest(arguments: argparse.Namespace) -> int:
     # A file that is no text must leave no trace: look at all of them before the first commit.
     sources = [_source(name, arguments) for name in arguments.files]
     with Session(config) as session:
-        exists = arguments.memory.exists()
+        exists = is_taken(arguments.memory)
         engine = (
             session.open(arguments.memory, writable=True)
             if exists

@@ -1,19 +1,21 @@
-"""``megacontext inspect``, ``stats`` and ``verify``: commands that only read a memory."""
+"""``megacontext inspect``, ``stats``, ``verify`` and ``repair``: what a memory holds."""
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
 
-from megacontext.cli.output import console, read_config, write_json
+from megacontext.cli.output import console, read_config, token_progress, write_json
 from megacontext.errors import InputError, MemoryMismatchError
 from megacontext.memory import Memory
 
 _FOUND_BLOCKS = 8
+_MOST_DIGITS = 18
 
 
 def run_inspect(arguments: argparse.Namespace) -> int:
@@ -27,7 +29,7 @@ def run_inspect(arguments: argparse.Namespace) -> int:
             result["sources"] = [asdict(source) for source in memory.sources()]
             _print_sources(memory)
         if span is not None:
-            result["text"] = base.decode(memory.tokens(*span))
+            result["text"] = _decoded(memory, base, *span)
             sys.stdout.write(result["text"] + "\n")
         if arguments.search is not None:
             result["found"] = _search(memory, base, arguments.search)
@@ -71,6 +73,43 @@ def run_verify(arguments: argparse.Namespace) -> int:
     return 0 if report.ok else 2
 
 
+def run_repair(arguments: argparse.Namespace) -> int:
+    """Makes a damaged memory anew from its tokens; status 2 where they are damaged too."""
+    from megacontext.runtime.repair import repair
+    from megacontext.runtime.session import Session, SessionConfig
+
+    config = read_config(SessionConfig, arguments)
+    if Memory.verify_path(arguments.memory).ok:
+        console.print(f"{arguments.memory}: nothing is damaged")
+        write_json(arguments.json, {"repaired": False})
+        return 0
+    with Session(config) as session, token_progress() as progress:
+        task = progress.add_task("tokens", total=None)
+        done = repair(
+            session.base,
+            arguments.memory,
+            session.gistnet,
+            session.lens,
+            lambda count, total: progress.update(task, completed=count, total=total),
+        )
+    for doubt in done.doubts:
+        sys.stderr.write(f"megacontext: {doubt}\n")
+    console.print(
+        f"{arguments.memory}: {done.n_tokens:,} tokens kept, all else made anew; "
+        f"the damaged memory is {done.damaged}"
+    )
+    write_json(
+        arguments.json,
+        {
+            "repaired": True,
+            "tokens": done.n_tokens,
+            "damaged": str(done.damaged),
+            "doubts": list(done.doubts),
+        },
+    )
+    return 0
+
+
 def _tokenizing_model(arguments: argparse.Namespace, memory: Memory, *, load: bool) -> Any:
     """The base model whose tokenizer made the memory's tokens, whatever made its gists."""
     from megacontext.runtime.session import SessionConfig
@@ -87,6 +126,16 @@ def _tokenizing_model(arguments: argparse.Namespace, memory: Memory, *, load: bo
             f"{config.model}; name that model with --set model=…"
         )
     return base
+
+
+def _decoded(memory: Memory, base: Any, start: int, stop: int) -> str:
+    tokens = memory.tokens(start, stop)
+    if len(tokens) and int(tokens.max()) >= base.vocab_size:
+        raise InputError(
+            f"{memory.path}: tokens {start} to {stop} are not all of {base.name}, which has 0 to "
+            f"{base.vocab_size - 1}; the program that stored them used another vocabulary"
+        )
+    return base.decode(tokens)
 
 
 def _print_sources(memory: Memory) -> None:
@@ -110,7 +159,7 @@ def _search(memory: Memory, base: Any, text: str) -> list[dict[str, Any]]:
     size = memory.identity.block_size
     found: list[dict[str, Any]] = []
     for block, score in zip(blocks.tolist(), scores.tolist(), strict=True):
-        words = base.decode(memory.tokens(block * size, (block + 1) * size))
+        words = _decoded(memory, base, block * size, (block + 1) * size)
         found.append({"block": block, "start": block * size, "score": score, "text": words})
         sys.stdout.write(f"{block * size:>12,}  {score:8.3f}  {' '.join(words.split())}\n")
     return found
@@ -118,8 +167,9 @@ def _search(memory: Memory, base: Any, text: str) -> list[dict[str, Any]]:
 
 def _span(text: str, limit: int) -> tuple[int, int]:
     start, separator, stop = text.partition(":")
-    if not separator or not start.isdecimal() or not stop.isdecimal():
+    if not separator or not re.fullmatch("[0-9]+", start) or not re.fullmatch("[0-9]+", stop):
         raise InputError(f"--tokens {text}: expected START:STOP, for example 0:64")
-    if not int(start) <= int(stop) <= limit:
-        raise InputError(f"--tokens {text}: the memory holds tokens 0 to {limit}")
+    # Python does not read numbers of thousands of digits.
+    if max(len(start), len(stop)) > _MOST_DIGITS or not int(start) <= int(stop) <= limit:
+        raise InputError(f"--tokens {text[:80]}: the memory holds tokens 0 to {limit}")
     return int(start), int(stop)

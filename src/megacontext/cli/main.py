@@ -15,6 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit status: 0, 2 for an error of use, 130 if interrupted."""
     parser = build_parser()
     parsed = parser.parse_args(arguments)
+    parsed.words = list(sys.argv[1:] if arguments is None else arguments)
     levels = logging.getLevelNamesMapping()
     if parsed.log_level.upper() not in levels:
         known = ", ".join(levels).lower()

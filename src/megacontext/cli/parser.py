@@ -74,6 +74,13 @@ def _add_memory_commands(commands: Any) -> None:
         f"{_INSPECT}:run_verify",
     )
     add_json_option(verify)
+    repair = _on_memory(
+        commands,
+        "repair",
+        "make a damaged memory anew from its tokens",
+        f"{_INSPECT}:run_repair",
+    )
+    add_config_options(repair)
     regist = _on_memory(
         commands,
         "regist",
@@ -94,6 +101,9 @@ def _add_talk_commands(commands: Any) -> None:
             parser.add_argument("question", metavar="QUESTION")
             parser.add_argument("--explain", action="store_true", help="show what was in focus")
         parser.add_argument("--model", help="short for --set model=…")
+        parser.add_argument(
+            "--focus", metavar="POLICY", help="lexical, attention, …; short for --set policy=…"
+        )
         add_config_options(parser)
 
 
@@ -106,10 +116,15 @@ def _add_bench(commands: Any) -> None:
         ("base", "what the base model answers from its window"),
         ("ingest", "speed and memory of taking in a million tokens"),
         ("substitution", "what reading gists in place of tokens costs"),
+        ("focus", "whether the focus finds what a question needs"),
+        ("proof", "side by side with what a user would pick instead, at equal budget"),
     ):
         parser = _command(suites, name, text, f"{_BENCH}:run_{name}")
         parser.add_argument("--quick", action="store_true", help="smaller samples")
-        if name == "substitution":
+        if name == "focus":
+            parser.add_argument("--lengths", metavar="LIST", help="of the histories: 4k,32k,1m")
+            parser.add_argument("--policies", metavar="LIST", help="to compare: lexical,lens")
+        if name in ("substitution", "focus", "proof"):
             parser.add_argument(
                 "--report", type=Path, metavar="FOLDER", help="write a page and a picture there"
             )

@@ -10,9 +10,10 @@ from typing import Any, Literal
 from megacontext.cli.output import console, read_config, write_json
 from megacontext.errors import InputError
 from megacontext.evaluation.focus_picture import focus_bar, focus_legend
+from megacontext.memory.opening import is_taken
 from megacontext.runtime.engine import DecodedToken, Engine
 from megacontext.runtime.session import DecodeConfig, Session, SessionConfig
-from megacontext.tasks.documents import QUESTION_TEMPLATE
+from megacontext.tasks.documents import QUESTION_TEMPLATE, final_answer
 
 TemplateName = Literal["auto", "question", "chat", "none"]
 
@@ -44,7 +45,8 @@ def run_ask(arguments: argparse.Namespace) -> int:
             if arguments.explain and first is not None:
                 _print_focus(engine, first)
             result = {
-                "answer": answer.strip(),
+                "answer": final_answer(answer),
+                "written": answer.strip(),
                 "edits": sum(len(record.edits) for record in engine.focus.records),
                 "cost": engine.context.cost,
                 "history_tokens": engine.memory.n_tokens,
@@ -58,7 +60,7 @@ def run_chat(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     turns = 0
     with Session(config) as session:
-        exists = arguments.memory.exists()
+        exists = is_taken(arguments.memory)
         engine = (
             session.open(arguments.memory, writable=True)
             if exists
@@ -82,8 +84,9 @@ def run_chat(arguments: argparse.Namespace) -> int:
 
 
 def _config(arguments: argparse.Namespace) -> TalkConfig:
-    if arguments.model is not None:
-        arguments.overrides = [*arguments.overrides, f"model={arguments.model}"]
+    for key, value in (("model", arguments.model), ("policy", arguments.focus)):
+        if value is not None:
+            arguments.overrides = [*arguments.overrides, f"{key}={value}"]
     return read_config(TalkConfig, arguments)
 
 

@@ -1,9 +1,9 @@
 """What is measured, against whom, and on which texts."""
 
 from megacontext.evaluation.babi import BabiQuestion, read_babi
+from megacontext.evaluation.baselines import Rival, RivalsConfig, SlidingWindow, rivals
 from megacontext.evaluation.demo import Demo, DemoConfig, DemoResult
 from megacontext.evaluation.metrics import Estimate, mean, proportion
-from megacontext.evaluation.sliding_window import SlidingWindow
 
 __all__ = [
     "BabiQuestion",
@@ -11,8 +11,11 @@ __all__ = [
     "DemoConfig",
     "DemoResult",
     "Estimate",
+    "Rival",
+    "RivalsConfig",
     "SlidingWindow",
     "mean",
     "proportion",
     "read_babi",
+    "rivals",
 ]

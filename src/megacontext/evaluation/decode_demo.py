@@ -44,7 +44,8 @@ def run_decode_demo(config: DecodeDemoConfig, write: Callable[[str], None]) -> d
     base = BaseModel.from_pretrained(config.model, dtype=config.dtype, device=config.device)
     options = config.decode.options()
     limit, stop = config.decode.max_new_tokens, config.decode.stop
-    overrides = {k: v for k, v in options.items() if k not in ("max_new_tokens", "stop", "seed")}
+    engines = ("max_new_tokens", "stop", "look_again", "seed")
+    overrides = {k: v for k, v in options.items() if k not in engines}
     sampler = TokenSampler(base.generation_config, config.decode.seed, **overrides)
     ids = base.encode(config.prompt)
     read = base.prefill(raw_context(base, ids), keep=1)

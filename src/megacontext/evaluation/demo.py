@@ -14,9 +14,9 @@ from pydantic import Field
 
 from megacontext.config import FrozenConfig
 from megacontext.errors import InputError
+from megacontext.evaluation.baselines import SlidingWindow
 from megacontext.evaluation.focus_playback import Frame, write_playback
 from megacontext.evaluation.metrics import Estimate, mean
-from megacontext.evaluation.sliding_window import SlidingWindow
 from megacontext.memory import Memory, Source
 from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.companions import load_gistnet
@@ -24,7 +24,7 @@ from megacontext.runtime.engine import Engine, EngineConfig
 from megacontext.runtime.focus_loop import FocusRecord
 from megacontext.runtime.focus_policies import FocusPolicy, LexicalPolicy, RecencyPolicy
 from megacontext.runtime.oracle_policy import OraclePolicy
-from megacontext.tasks.documents import QUESTION_TEMPLATE
+from megacontext.tasks.documents import QUESTION_TEMPLATE, final_answer
 from megacontext.tasks.fact_themes import FactThemes
 from megacontext.tasks.planting import PlantedFact, plant
 
@@ -36,7 +36,7 @@ class DemoConfig(FrozenConfig):
 
     Attributes:
         model: base model.
-        gistnet: GistNet checkpoint or ``mean``; the one bundled with the model if none.
+        gistnet: GistNet checkpoint, ``bundled`` or ``mean``, which is the default.
         book: text file; the bundled book if none.
         facts: how many facts are planted and asked.
         nll_points: at how many places of the stream the next tokens' NLL is measured.
@@ -68,7 +68,7 @@ class Answered:
 
     def correct(self, arm: str) -> bool:
         """Whether an arm's answer is exactly the expected one."""
-        return self.answers[arm].strip() == self.fact.answer
+        return final_answer(self.answers[arm]) == self.fact.answer
 
 
 @dataclass
@@ -238,7 +238,7 @@ class Demo:
             "megacontext": self.engine.ask(
                 prompt, max_new_tokens=limit, stop=_STOP, query=fact.question
             ),
-            "window": self.window.ask(prompt, max_new_tokens=limit, stop=_STOP),
+            "window": self.window.answer(prompt, fact.question, max_new_tokens=limit, stop=_STOP),
         }
         for name, policy in rivals.items():
             rival = self._engine(policy)

@@ -26,7 +26,7 @@ class IngestSuiteConfig(FrozenConfig):
 
     Attributes:
         model: base model.
-        gistnet: GistNet checkpoint or ``mean``; the one bundled with the model if none.
+        gistnet: GistNet checkpoint, ``bundled`` or ``mean``, which is the default.
         tokens: how many tokens, at least.
         warm_tokens: memory growth counts from here on.
         engine: budget and habits.

@@ -8,100 +8,43 @@ import sqlite3
 import time
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, cast
+from typing import Any
 
-from megacontext.errors import ConfigError, CorruptMemoryError, MemoryVersionError
-from megacontext.memory.identity import GistDtype, MemoryIdentity, Source, SourceRecord
+from megacontext.errors import CorruptMemoryError, MemoryVersionError
+from megacontext.memory.catalog_rows import (
+    SOURCE_COLUMNS,
+    Chunk,
+    FileUpdate,
+    Snapshot,
+    SourceRange,
+    integer,
+    read_chunk,
+    read_file,
+    read_identity,
+    read_source,
+)
+from megacontext.memory.identity import MemoryIdentity, Source, SourceRecord
+from megacontext.memory.index_sum import NO_TERMS, add_terms, count_terms, index_problems
 from megacontext.memory.lexical_index import LexicalIndex
+from megacontext.memory.row_sum import (
+    INDEX_SUM,
+    ROLL_BACKS,
+    ROW_SUM,
+    CountedRows,
+    count_rows,
+    write_sum,
+)
 from megacontext.memory.schema import (
     CATALOG_NAME,
     FORMAT_VERSION,
+    OLDEST_VERSION,
     connect,
     create_tables,
     primary_code,
+    schema_problems,
     sqlite_errors,
 )
-
-FileKind = Literal["tokens", "gists", "keys", "fidelity"]
-
-_FILE_NAME: Final = re.compile(r"(?:(?:keys|fidelity)\.)?L\d{1,5}(?:\.g\d{1,18})?\.ctx")
-_SOURCE_COLUMNS: Final = (
-    "id, uri, media_type, sha256, author, created, tags, start_token, end_token, ingested_at"
-)
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Checksum of ``count`` consecutive records of one file, from ``start`` on."""
-
-    start: int
-    count: int
-    crc32: int
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """A file as the catalog knows it.
-
-    Args:
-        id: its row.
-        name: its name within the memory's directory.
-        kind: what its records are.
-        level: level of the tree.
-        length: committed records.
-        tail: its last chunk; ``None`` for an empty file.
-    """
-
-    id: int
-    name: str
-    kind: FileKind
-    level: int
-    length: int
-    tail: Chunk | None
-
-
-@dataclass(frozen=True)
-class FileUpdate:
-    """What a commit changes about one file.
-
-    Args:
-        id: its row; ``None`` for a file that is new.
-        name: its name.
-        kind: what its records are.
-        level: level of the tree.
-        length: records it has from now on.
-        chunks: new chunks, and the former last one where it has grown.
-    """
-
-    id: int | None
-    name: str
-    kind: FileKind
-    level: int
-    length: int
-    chunks: Sequence[Chunk]
-
-
-@dataclass(frozen=True)
-class SourceRange:
-    """Tokens ``start`` to ``end`` come from a source; ``new``: not in the catalog yet."""
-
-    id: int
-    source: Source
-    start: int
-    end: int
-    new: bool
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """One commit, as it is read back."""
-
-    generation: int
-    n_tokens: int
-    identity: MemoryIdentity
-    files: tuple[FileRecord, ...]
 
 
 class Catalog:
@@ -114,27 +57,30 @@ class Catalog:
         self._commit_attempted = False
 
     @classmethod
-    def create(cls, directory: Path, identity: MemoryIdentity, token_file: str) -> None:
-        """Makes the catalog of an empty memory."""
+    def create(cls, directory: Path, identity: MemoryIdentity, token_file: str) -> Snapshot:
+        """Makes the catalog of an empty memory; returns what it holds."""
         path = directory / CATALOG_NAME
-        connection = create_tables(path)
+        catalog = cls(path, create_tables(path))
         try:
             with sqlite_errors(path, "create"):
-                connection.execute("BEGIN")
-                connection.executemany("INSERT INTO meta VALUES (?, ?)", _meta_rows(identity))
-                connection.execute("INSERT INTO commits VALUES (0, 0, ?)", (time.time(),))
-                connection.execute(
-                    "INSERT INTO files (name, kind, level, length, generation) "
-                    "VALUES (?, 'tokens', 0, 0, 0)",
-                    (token_file,),
-                )
-                connection.execute("COMMIT")
+                execute = catalog._connection.execute
+                execute("BEGIN")
+                write_sum(catalog._connection, ROW_SUM, "0")
+                with catalog._counting() as rows:
+                    for row in _meta_rows(identity):
+                        rows.put("meta", row)
+                    rows.put("meta", (INDEX_SUM, NO_TERMS))
+                    rows.put("meta", (ROLL_BACKS, "0"))
+                    rows.put("commits", (0, 0, time.time()))
+                    rows.put("files", (1, token_file, "tokens", 0, 0, 0))
+                execute("COMMIT")
+            return catalog.snapshot()
         finally:
-            connection.close()
+            catalog.close()
 
     @classmethod
     def open(cls, directory: Path, *, writable: bool) -> Catalog:
-        """Opens an existing catalog.
+        """Opens an existing catalog; one of an older version is brought up to date for writing.
 
         Raises:
             CorruptMemoryError: the file is no catalog.
@@ -143,39 +89,48 @@ class Catalog:
         path = directory / CATALOG_NAME
         catalog = cls(path, connect(path, writable=writable))
         try:
-            catalog._check_version()
+            version = catalog._check_version()
+            if writable and version < FORMAT_VERSION:
+                catalog._upgrade()
         except BaseException:
             catalog.close()
             raise
         return catalog
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, *, tokens_only: bool = False) -> Snapshot:
         """The last commit: lengths, files and identity, all of the same moment.
+
+        Args:
+            tokens_only: leaves out every file but that of the tokens.
 
         Raises:
             CorruptMemoryError: the tables contradict each other.
         """
         with sqlite_errors(self.path, "read"), self._reading():
             execute = self._connection.execute
-            identity = self._read_identity(dict(execute("SELECT key, value FROM meta").fetchall()))
+            meta = self._read_meta()
             commit = execute(
                 "SELECT generation, n_tokens FROM commits ORDER BY generation DESC LIMIT 1"
             ).fetchone()
             rows = execute(
                 "SELECT id, name, kind, level, length, start, count, crc32 FROM files "
                 "LEFT JOIN chunks ON file_id = id AND start = "
-                "(SELECT max(start) FROM chunks WHERE file_id = files.id) ORDER BY level, kind"
+                "(SELECT max(start) FROM chunks WHERE file_id = files.id) "
+                "WHERE kind = 'tokens' OR NOT ? ORDER BY level, kind",
+                (tokens_only,),
             ).fetchall()
         if commit is None:
             raise CorruptMemoryError("the catalog has no commit", path=self.path)
-        files = tuple(self._file_record(row) for row in rows)
-        return Snapshot(commit[0], commit[1], identity, files)
+        generation, n_tokens = (integer(value, "last commit", self.path) for value in commit)
+        identity = read_identity(meta, self.path)
+        files = tuple(read_file(row, self.path) for row in rows)
+        return Snapshot(generation, n_tokens, identity, files, self._row_sum(meta))
 
     def generation(self) -> int:
         """Number of the last commit."""
         with sqlite_errors(self.path, "read"):
             row = self._connection.execute("SELECT max(generation) FROM commits").fetchone()
-        return int(row[0])
+        return integer(row[0], "last commit", self.path)
 
     def commit_append(
         self,
@@ -200,24 +155,41 @@ class Catalog:
         Raises:
             StorageFullError, MemoryStoreError: nothing was recorded, call :meth:`roll_back`.
         """
-        with self._writing() as connection:
-            _add_commit(connection, generation, n_tokens)
+        with self._writing() as rows:
+            rows.put("commits", (generation, n_tokens, time.time()))
             for update in files:
-                _update_file(connection, update, generation)
-            if source is not None:
-                _update_source(connection, source, generation)
-            self.lexical.add(first_block, texts)
+                self._put_file(rows, update, generation)
+            if source is not None and source.new:
+                place = (source.id, source.start, source.end)
+                rows.put("sources", _source_row(source.source, place, time.time(), generation))
+            elif source is not None:
+                rows.change("sources", source.id, "end_token", source.end)
+            if texts:
+                added = self.lexical.add(first_block, texts)
+                rows.put("meta", (INDEX_SUM, self._add_to_index_sum(added)))
+
+    def commit_sources(
+        self, generation: int, n_tokens: int, sources: Iterable[SourceRecord]
+    ) -> None:
+        """Records sources of tokens that are there already, with their numbers and times."""
+        with self._writing() as rows:
+            rows.put("commits", (generation, n_tokens, time.time()))
+            for source in sources:
+                place = (source.id, source.start, source.end)
+                rows.put("sources", _source_row(source, place, source.ingested_at, generation))
 
     def commit_replacement(
         self, generation: int, n_tokens: int, identity: MemoryIdentity, files: Iterable[FileUpdate]
     ) -> None:
         """Puts new gist, key and fidelity files, and their identity, in the place of the old."""
-        with self._writing() as connection:
-            _add_commit(connection, generation, n_tokens)
-            connection.execute("DELETE FROM files WHERE kind <> 'tokens'")
+        with self._writing() as rows:
+            rows.put("commits", (generation, n_tokens, time.time()))
+            rows.delete("chunks", "file_id IN (SELECT id FROM files WHERE kind <> 'tokens')")
+            rows.delete("files", "kind <> 'tokens'")
             for update in files:
-                _update_file(connection, update, generation)
-            connection.executemany("REPLACE INTO meta VALUES (?, ?)", _meta_rows(identity))
+                self._put_file(rows, update, generation)
+            for row in _meta_rows(identity):
+                rows.put("meta", row)
 
     def roll_back(self) -> int:
         """Undoes an unfinished transaction.
@@ -237,7 +209,8 @@ class Catalog:
             if self._commit_attempted:
                 self._connection.execute("BEGIN IMMEDIATE")
                 self._connection.execute(
-                    "UPDATE meta SET value = CAST(value AS INTEGER) + 1 WHERE key = 'roll_backs'"
+                    "UPDATE meta SET value = CAST(value AS INTEGER) + 1 WHERE key = ?",
+                    (ROLL_BACKS,),
                 )
                 self._connection.execute("COMMIT")
                 self._commit_attempted = False
@@ -250,37 +223,37 @@ class Catalog:
                 "SELECT start, count, crc32 FROM chunks WHERE file_id = ? ORDER BY start",
                 (file_id,),
             ).fetchall()
-        return [Chunk(*row) for row in rows]
+        return [read_chunk(row, self.path) for row in rows]
 
     def sources(self, n_tokens: int) -> list[SourceRecord]:
         """Sources that start within the first ``n_tokens`` tokens, oldest first."""
         with sqlite_errors(self.path, "read"):
             rows = self._connection.execute(
-                f"SELECT {_SOURCE_COLUMNS} FROM sources WHERE start_token < ? "  # noqa: S608
+                f"SELECT {SOURCE_COLUMNS} FROM sources WHERE start_token < ? "  # noqa: S608
                 "ORDER BY start_token",
                 (n_tokens,),
             ).fetchall()
-        return [_source_record(row, n_tokens) for row in rows]
+        return [read_source(row, n_tokens, self.path) for row in rows]
 
     def source_at(self, token: int, n_tokens: int) -> SourceRecord | None:
         """The source of one token, or ``None``."""
         with sqlite_errors(self.path, "read"):
             row = self._connection.execute(
-                f"SELECT {_SOURCE_COLUMNS} FROM sources WHERE start_token <= ? "  # noqa: S608
+                f"SELECT {SOURCE_COLUMNS} FROM sources WHERE start_token <= ? "  # noqa: S608
                 "ORDER BY start_token DESC LIMIT 1",
                 (token,),
             ).fetchone()
-        record = _source_record(row, n_tokens) if row is not None else None
+        record = read_source(row, n_tokens, self.path) if row is not None else None
         return record if record is not None and token < record.end else None
 
     def source(self, source_id: int) -> SourceRecord | None:
         """A source by its number, or ``None``."""
         with sqlite_errors(self.path, "read"):
             row = self._connection.execute(
-                f"SELECT {_SOURCE_COLUMNS} FROM sources WHERE id = ?",  # noqa: S608
+                f"SELECT {SOURCE_COLUMNS} FROM sources WHERE id = ?",  # noqa: S608
                 (source_id,),
             ).fetchone()
-        return _source_record(row, row[8]) if row is not None else None
+        return read_source(row, row[8], self.path) if row is not None else None
 
     def count_sources(self, n_tokens: int) -> int:
         """Number of sources that start within the first ``n_tokens`` tokens."""
@@ -293,16 +266,55 @@ class Catalog:
         """The highest number given to a source so far; 0 if there is none."""
         with sqlite_errors(self.path, "read"):
             row = self._connection.execute("SELECT coalesce(max(id), 0) FROM sources").fetchone()
-        return int(row[0])
+        return integer(row[0], "last source", self.path)
 
     def integrity_problems(self) -> list[str]:
-        """What SQLite itself finds wrong with the database."""
-        with sqlite_errors(self.path, "check"):
-            found = [row[0] for row in self._connection.execute("PRAGMA integrity_check")]
-            orphans = self._connection.execute("PRAGMA foreign_key_check").fetchall()
-        problems = [str(line) for line in found if line != "ok"]
-        problems += [f"table {row[0]}, row {row[1]}: refers to nothing" for row in orphans]
+        """What is wrong with the database: its structure, its rows, its lexical index."""
+        checks = (
+            self._structure_problems,
+            lambda: schema_problems(self._connection, self.path),
+            self.row_problems,
+            self._index_problems,
+        )
+        problems: list[str] = []
+        for check in checks:
+            try:
+                with sqlite_errors(self.path, "check"), self._reading():
+                    problems += check()
+            except CorruptMemoryError as error:
+                problems.append(error.reason)
         return problems
+
+    def row_problems(self) -> list[str]:
+        """What the sum over all rows says about them."""
+        try:
+            with sqlite_errors(self.path, "check"):
+                expected = self._row_sum(self._read_meta())
+                if expected in ("", count_rows(self._connection)):
+                    return []
+        except CorruptMemoryError as error:
+            return [error.reason]
+        return ["the catalog's rows are not those that were committed"]
+
+    def readable_sources(self, n_tokens: int) -> tuple[tuple[SourceRecord, ...], int]:
+        """Sources of the first ``n_tokens`` tokens that make sense, and how many do not."""
+        kept: list[SourceRecord] = []
+        lost = 0
+        with sqlite_errors(self.path, "read"):
+            rows = self._connection.execute(
+                f"SELECT {SOURCE_COLUMNS} FROM sources ORDER BY start_token"  # noqa: S608
+            ).fetchall()
+        for row in rows:
+            try:
+                source = read_source(row, n_tokens, self.path)
+            except CorruptMemoryError:
+                lost += 1
+                continue
+            if source.start < source.end and source.start >= (kept[-1].end if kept else 0):
+                kept.append(source)
+            else:
+                lost += 1
+        return tuple(kept), lost
 
     def stored_bytes(self) -> int:
         """Size of the database on disk, its log included, in bytes."""
@@ -321,13 +333,21 @@ class Catalog:
         try:
             yield
         finally:
-            self._connection.execute("COMMIT")
+            if self._connection.in_transaction:
+                self._connection.execute("COMMIT")
 
     @contextmanager
-    def _writing(self) -> Generator[sqlite3.Connection]:
+    def _counting(self) -> Generator[CountedRows]:
+        rows = CountedRows(self._connection)
+        yield rows
+        rows.close()
+
+    @contextmanager
+    def _writing(self) -> Generator[CountedRows]:
         with sqlite_errors(self.path, "commit to"):
             self._connection.execute("BEGIN IMMEDIATE")
-            yield self._connection
+            with self._counting() as rows:
+                yield rows
             self._commit_attempted = True
             try:
                 self._connection.execute("COMMIT")
@@ -337,47 +357,69 @@ class Catalog:
                 raise
             self._commit_attempted = False
 
-    def _check_version(self) -> None:
+    def _put_file(self, rows: CountedRows, update: FileUpdate, generation: int) -> None:
+        number = update.id
+        if number is None:
+            found = self._connection.execute("SELECT coalesce(max(id), 0) + 1 FROM files")
+            number = int(found.fetchone()[0])
+            row = (number, update.name, update.kind, update.level, update.length, generation)
+            rows.put("files", row)
+        else:
+            rows.change("files", number, "length", update.length)
+        for chunk in update.chunks:
+            rows.put("chunks", (number, chunk.start, chunk.count, chunk.crc32))
+
+    def _structure_problems(self) -> list[str]:
+        found = [row[0] for row in self._connection.execute("PRAGMA integrity_check")]
+        orphans = self._connection.execute("PRAGMA foreign_key_check").fetchall()
+        return [" ".join(str(line).split()) for line in found if line != "ok"] + [
+            f"table {row[0]}, row {row[1]}: refers to nothing" for row in orphans
+        ]
+
+    def _index_problems(self) -> list[str]:
+        meta = self._read_meta()
+        return index_problems(self._connection, meta[INDEX_SUM] if self._row_sum(meta) else None)
+
+    def _read_meta(self) -> dict[str, Any]:
+        return dict(self._connection.execute("SELECT key, value FROM meta").fetchall())
+
+    def _add_to_index_sum(self, added: int) -> str:
+        found = self._connection.execute("SELECT value FROM meta WHERE key = ?", (INDEX_SUM,))
+        return add_terms(str(found.fetchone()[0]), added)
+
+    def _upgrade(self) -> None:
+        """Sums for a catalog that has none."""
+        with sqlite_errors(self.path, "bring up to date"):
+            self._connection.execute("BEGIN IMMEDIATE")
+            terms = count_terms(self._connection)
+            write_sum(self._connection, ROW_SUM, "0")
+            with self._counting() as rows:
+                rows.put("meta", ("format_version", str(FORMAT_VERSION)))
+                rows.put("meta", (INDEX_SUM, terms))
+            write_sum(self._connection, ROW_SUM, count_rows(self._connection))
+            self._connection.execute("COMMIT")
+
+    def _check_version(self) -> int:
         with sqlite_errors(self.path, "open"):
             row = self._connection.execute(
                 "SELECT value FROM meta WHERE key = 'format_version'"
             ).fetchone()
-        if row is None or not str(row[0]).isdecimal():
+        if row is None or not re.fullmatch("[0-9]{1,9}", str(row[0])):
             raise CorruptMemoryError("the catalog has no format version", path=self.path)
-        if int(row[0]) != FORMAT_VERSION:
+        if not OLDEST_VERSION <= int(row[0]) <= FORMAT_VERSION:
             raise MemoryVersionError(
                 f"{self.path.parent}: memory format {row[0]}, this MegaContext reads format "
                 f"{FORMAT_VERSION}; use the version of MegaContext that wrote it, or a newer one"
             )
+        return int(row[0])
 
-    def _read_identity(self, meta: dict[str, str]) -> MemoryIdentity:
-        try:
-            return MemoryIdentity(
-                base_model=meta["base_model"],
-                tokenizer_hash=meta["tokenizer_hash"],
-                gist_version=meta["gist_version"],
-                block_size=int(meta["block_size"]),
-                gist_width=int(meta["gist_width"]),
-                key_width=int(meta["key_width"]),
-                gist_dtype=cast(GistDtype, meta["gist_dtype"]),
-            )
-        except (KeyError, ValueError, ConfigError) as error:
-            raise CorruptMemoryError(
-                f"the catalog's identity cannot be read: {error}", path=self.path
-            ) from None
-
-    def _file_record(self, row: tuple[Any, ...]) -> FileRecord:
-        file_id, name, kind, level, length, start, count, crc32 = row
-        if not _FILE_NAME.fullmatch(name):
-            raise CorruptMemoryError(f"the catalog names an odd file, {name!r}", path=self.path)
-        tail = Chunk(start, count, crc32) if start is not None else None
-        if length != (tail.start + tail.count if tail is not None else 0):
-            raise CorruptMemoryError(
-                f"the catalog's length of {name} ({length}) is not where its chunks end",
-                path=self.path,
-                level=level,
-            )
-        return FileRecord(file_id, name, cast(FileKind, kind), level, length, tail)
+    def _row_sum(self, meta: dict[str, Any]) -> str:
+        if meta.get("format_version") == str(OLDEST_VERSION):
+            return ""
+        for key, digits in ((ROW_SUM, 32), (INDEX_SUM, 16)):
+            if not re.fullmatch(f"[0-9a-f]{{{digits}}}", str(meta.get(key))):
+                raise CorruptMemoryError(f"the catalog's {key} is missing", path=self.path)
+        return str(meta[ROW_SUM])
 
 
 def _meta_rows(identity: MemoryIdentity) -> list[tuple[str, str]]:
@@ -390,64 +432,25 @@ def _meta_rows(identity: MemoryIdentity) -> list[tuple[str, str]]:
         "gist_width": identity.gist_width,
         "key_width": identity.key_width,
         "gist_dtype": identity.gist_dtype,
-        "roll_backs": 0,
     }
     return [(key, str(value)) for key, value in rows.items()]
 
 
-def _add_commit(connection: sqlite3.Connection, generation: int, n_tokens: int) -> None:
-    connection.execute("INSERT INTO commits VALUES (?, ?, ?)", (generation, n_tokens, time.time()))
-
-
-def _update_file(connection: sqlite3.Connection, update: FileUpdate, generation: int) -> None:
-    file_id = update.id
-    if file_id is None:
-        file_id = connection.execute(
-            "INSERT INTO files (name, kind, level, length, generation) VALUES (?, ?, ?, ?, ?)",
-            (update.name, update.kind, update.level, update.length, generation),
-        ).lastrowid
-    else:
-        connection.execute("UPDATE files SET length = ? WHERE id = ?", (update.length, file_id))
-    connection.executemany(
-        "REPLACE INTO chunks VALUES (?, ?, ?, ?)",
-        [(file_id, chunk.start, chunk.count, chunk.crc32) for chunk in update.chunks],
-    )
-
-
-def _update_source(connection: sqlite3.Connection, span: SourceRange, generation: int) -> None:
-    if not span.new:
-        connection.execute("UPDATE sources SET end_token = ? WHERE id = ?", (span.end, span.id))
-        return
-    source = span.source
-    connection.execute(
-        "INSERT INTO sources VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            span.id,
-            source.uri,
-            source.media_type,
-            source.sha256,
-            source.author,
-            source.created,
-            json.dumps(source.tags),
-            span.start,
-            span.end,
-            time.time(),
-            generation,
-        ),
-    )
-
-
-def _source_record(row: tuple[Any, ...], n_tokens: int) -> SourceRecord:
-    source_id, uri, media_type, sha256, author, created, tags, start, end, ingested_at = row
-    return SourceRecord(
-        uri=uri,
-        media_type=media_type,
-        sha256=sha256,
-        author=author,
-        created=created,
-        tags=tuple(json.loads(tags)),
-        id=source_id,
-        start=start,
-        end=min(end, n_tokens),
-        ingested_at=ingested_at,
+def _source_row(
+    source: Source, place: tuple[int, int, int], ingested: float, commit: int
+) -> tuple[Any, ...]:
+    """The row of a source whose number, first token and end are ``place``."""
+    number, start, end = place
+    return (
+        number,
+        source.uri,
+        source.media_type,
+        source.sha256,
+        source.author,
+        source.created,
+        json.dumps(source.tags),
+        start,
+        end,
+        ingested,
+        commit,
     )

@@ -10,7 +10,14 @@ from typing import Any, Final
 import numpy.typing as npt
 
 from megacontext.errors import CorruptMemoryError
-from megacontext.memory.catalog import Chunk, FileKind, FileRecord, FileUpdate, Snapshot
+from megacontext.memory.catalog_rows import (
+    Chunk,
+    FileKind,
+    FileRecord,
+    FileUpdate,
+    Snapshot,
+    file_name,
+)
 from megacontext.memory.ctx_file import CtxFile
 from megacontext.memory.ctx_header import CtxDtype, CtxHeader, fit_model_name
 from megacontext.memory.identity import MemoryIdentity
@@ -18,19 +25,6 @@ from megacontext.memory.storage_io import storing, sync_directory
 
 CHUNK_BYTES: Final = 1 << 18
 """A checksum covers at most this much, so that checking the newest one at opening stays cheap."""
-
-_PREFIXES: Final[dict[FileKind, str]] = {
-    "tokens": "",
-    "gists": "",
-    "keys": "keys.",
-    "fidelity": "fidelity.",
-}
-
-
-def file_name(kind: FileKind, level: int, generation: int = 0) -> str:
-    """Name of a level's file; one that a rebuild wrote carries the generation it came with."""
-    suffix = f".g{generation}" if generation else ""
-    return f"{_PREFIXES[kind]}L{level}{suffix}.ctx"
 
 
 def header_for(identity: MemoryIdentity, kind: FileKind, level: int) -> CtxHeader:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Final, Literal
 
-from megacontext.errors import ConfigError
+from megacontext.errors import ConfigError, InputError
 
 GistDtype = Literal["fp16", "bf16"]
 
@@ -96,6 +97,22 @@ class Source:
     author: str = ""
     created: float | None = None
     tags: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Refuses what no catalog can hold.
+
+        Raises:
+            InputError: a text has unpaired surrogates, or the time is not finite.
+        """
+        for text in (self.uri, self.media_type, self.sha256, self.author, *self.tags):
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise InputError(
+                    f"source {text!r}: not Unicode text; write it in your terminal's encoding"
+                ) from None
+        if self.created is not None and not math.isfinite(self.created):
+            raise InputError(f"source {self.uri!r}: its time is {self.created}; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 from megacontext.errors import InputError
+from megacontext.memory.index_sum import added_terms
 from megacontext.memory.schema import TOKENIZER, sqlite_errors
 
 COMMON_SHARE: Final = 0.1
@@ -38,17 +40,21 @@ class LexicalIndex:
         self._frequencies: dict[str, int] = {}
         self._frequencies_of = -1
 
-    def add(self, first_block: int, texts: Sequence[str]) -> None:
+    def add(self, first_block: int, texts: Sequence[str]) -> int:
         """Indexes the texts of consecutive blocks, inside the caller's transaction.
 
         Args:
             first_block: index of the first one.
             texts: one per block.
+
+        Returns:
+            What they add to the index's sum (see :mod:`~megacontext.memory.index_sum`).
         """
-        self._connection.executemany(
-            "INSERT INTO blocks (rowid, text) VALUES (?, ?)",
-            ((first_block + i + 1, _storable(text)) for i, text in enumerate(texts)),
-        )
+        rows = [(first_block + i, _storable(text)) for i, text in enumerate(texts, start=1)]
+        self._connection.executemany("INSERT INTO blocks (rowid, text) VALUES (?, ?)", rows)
+        with self._splitting() as splitter:
+            splitter.executemany("INSERT INTO stemmed (rowid, text) VALUES (?, ?)", rows)
+            return added_terms(splitter, "stemmed_terms")
 
     def search(
         self, query: str, limit: int, *, n_blocks: int, generation: int
@@ -144,19 +150,12 @@ class LexicalIndex:
 
     def _stems(self, words: Sequence[str]) -> list[list[str]]:
         """The terms that each word falls into, all in one go."""
-        splitter = self._splitter
-        if splitter is None:
-            splitter = self._splitter = _make_splitter()
         stems: list[list[str]] = [[] for _ in words]
         rows = [(number, _storable(word)) for number, word in enumerate(words, start=1)]
-        with sqlite_errors(self._path, "search"):
-            splitter.execute("BEGIN")
-            try:
-                splitter.executemany("INSERT INTO stemmed (rowid, text) VALUES (?, ?)", rows)
-                for number, term in splitter.execute("SELECT doc, term FROM stemmed_terms"):
-                    stems[number - 1].append(term)
-            finally:
-                splitter.execute("ROLLBACK")
+        with self._splitting() as splitter:
+            splitter.executemany("INSERT INTO stemmed (rowid, text) VALUES (?, ?)", rows)
+            for number, term in splitter.execute("SELECT doc, term FROM stemmed_terms"):
+                stems[number - 1].append(term)
         return stems
 
     def _split(self, text: str) -> dict[str, str]:
@@ -164,24 +163,30 @@ class LexicalIndex:
 
         A stem cannot be searched for, because the index would stem it a second time.
         """
+        with self._splitting() as splitter:
+            for table in ("stemmed", "folded"):
+                splitter.execute(
+                    f"INSERT INTO {table} (rowid, text) VALUES (1, ?)",  # noqa: S608
+                    (_storable(text),),
+                )
+            stems, words = (
+                dict(splitter.execute(f"SELECT offset, term FROM {table}_terms").fetchall())  # noqa: S608
+                for table in ("stemmed", "folded")
+            )
+        return {stem: words[offset] for offset, stem in stems.items()}
+
+    @contextmanager
+    def _splitting(self) -> Generator[sqlite3.Connection]:
+        """Empty indexes in memory that split texts exactly as the stored one does."""
         splitter = self._splitter
         if splitter is None:
             splitter = self._splitter = _make_splitter()
-        with sqlite_errors(self._path, "search"):
+        with sqlite_errors(self._path, "split words for"):
             splitter.execute("BEGIN")
             try:
-                for table in ("stemmed", "folded"):
-                    splitter.execute(
-                        f"INSERT INTO {table} (rowid, text) VALUES (1, ?)",  # noqa: S608
-                        (_storable(text),),
-                    )
-                stems, words = (
-                    dict(splitter.execute(f"SELECT offset, term FROM {table}_terms").fetchall())  # noqa: S608
-                    for table in ("stemmed", "folded")
-                )
+                yield splitter
             finally:
                 splitter.execute("ROLLBACK")
-        return {stem: words[offset] for offset, stem in stems.items()}
 
 
 def _make_splitter() -> sqlite3.Connection:

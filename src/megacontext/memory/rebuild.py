@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from megacontext.errors import InvariantError
-from megacontext.memory.catalog import FileUpdate
+from megacontext.memory.catalog_rows import FileUpdate
 from megacontext.memory.file_set import FileSet, header_for
 from megacontext.memory.identity import MemoryIdentity
 from megacontext.memory.records import level_records, span_count

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megacontext.errors import InputError, InvariantError
-from megacontext.memory.catalog import FileKind
+from megacontext.memory.catalog_rows import FileKind
 from megacontext.memory.ctx_header import CtxDtype
 from megacontext.memory.file_set import header_for
 from megacontext.memory.identity import MemoryIdentity
@@ -39,6 +39,18 @@ def completed_spans(n_tokens: int, n_new: int, block_size: int) -> dict[int, int
             completed[level] = new
         level += 1
     return completed
+
+
+def expected_lengths(identity: MemoryIdentity, n_tokens: int) -> dict[tuple[FileKind, int], int]:
+    """Records that every file of a memory with ``n_tokens`` tokens has, by kind and level."""
+    expected: dict[tuple[FileKind, int], int] = {("tokens", 0): n_tokens}
+    level, count = 1, n_tokens // identity.block_size
+    while count:
+        expected["gists", level] = expected["fidelity", level] = count
+        if identity.key_width:
+            expected["keys", level] = count
+        level, count = level + 1, count // identity.block_size
+    return expected
 
 
 def append_records(

@@ -19,14 +19,70 @@ from megacontext.errors import (
 )
 from megacontext.memory.storage_io import FILE_MODE, storing
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+"""Version 1 had no sums; it is read as it is, and brought up to date when it is opened to write."""
+
+OLDEST_VERSION: Final = 1
 CATALOG_NAME: Final = "catalog.sqlite"
 TOKENIZER: Final = "porter unicode61 remove_diacritics 2"
 
 _BUSY_SECONDS: Final = 10.0
 _WAL_LIMIT_BYTES: Final = 16 << 20
 
-_TABLES: Final = f"""
+TABLES: Final[dict[str, dict[str, bool]]] = {
+    "meta": {"key": True, "value": False},
+    "commits": {"generation": True, "n_tokens": False, "committed_at": False},
+    "files": {
+        "id": True,
+        "name": False,
+        "kind": False,
+        "level": False,
+        "length": False,
+        "generation": False,
+    },
+    "chunks": {"file_id": True, "start": True, "count": False, "crc32": False},
+    "sources": {
+        "id": True,
+        "uri": False,
+        "media_type": False,
+        "sha256": False,
+        "author": False,
+        "created": False,
+        "tags": False,
+        "start_token": False,
+        "end_token": False,
+        "ingested_at": False,
+        "generation": False,
+    },
+}
+"""Columns of the tables whose rows are summed, and whether they are part of the key."""
+
+# Write and read version of the file; SQLite opens one with another write version for reading only.
+_VERSIONS: Final = slice(18, 20)
+_WAL_VERSIONS: Final = bytes([2, 2])
+
+_SETTINGS: Final = {
+    "journal_mode": "wal",
+    "encoding": "UTF-8",
+    "auto_vacuum": 0,
+    "user_version": 0,
+    "application_id": 0,
+}
+
+# Where the code does not tell: a schema that does not fit, and text that is no UTF-8.
+_DAMAGE: Final = {
+    sqlite3.SQLITE_ERROR: (
+        "no such ",
+        "malformed ",
+        "unsupported file format",
+        "unknown tokenizer",
+        "vtable constructor failed",
+        "invalid fts5 file format",
+    ),
+    0: ("Could not decode to UTF-8",),
+}
+
+_STATEMENTS: Final = f"""
 CREATE TABLE meta (
   key TEXT PRIMARY KEY,
   value TEXT NOT NULL
@@ -76,9 +132,43 @@ def create_tables(path: Path) -> sqlite3.Connection:
     with storing(path, "create"):
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, FILE_MODE))
     connection = connect(path, writable=True)
-    with sqlite_errors(path, "create"):
-        connection.executescript(f"BEGIN; {_TABLES} COMMIT;")
+    try:
+        with sqlite_errors(path, "create"):
+            connection.executescript(f"BEGIN; {_STATEMENTS} COMMIT;")
+    except BaseException:
+        connection.close()
+        raise
     return connection
+
+
+def schema_problems(connection: sqlite3.Connection, path: Path) -> list[str]:
+    """What differs from the tables and settings that :func:`create_tables` makes.
+
+    Raises:
+        MemoryStoreError: the file cannot be read.
+    """
+    fresh = sqlite3.connect(":memory:", isolation_level=None)
+    try:
+        fresh.executescript(_STATEMENTS)
+        # How FTS5 declares its own tables is its own affair.
+        statement = (
+            "SELECT type, name, tbl_name, CASE WHEN name GLOB 'blocks_*' THEN '' ELSE sql END "
+            "FROM sqlite_schema WHERE name NOT GLOB 'sqlite_stat*'"
+        )
+        expected, found = (set(c.execute(statement).fetchall()) for c in (fresh, connection))
+    finally:
+        fresh.close()
+    problems = [f"its schema has no {row[0]} {row[1]} as it should be" for row in expected - found]
+    problems += [f"its schema has an odd {row[0]} {row[1]!r}" for row in found - expected]
+    for name, value in _SETTINGS.items():
+        (actual,) = connection.execute(f"PRAGMA {name}").fetchone()
+        if actual != value:
+            problems.append(f"its setting {name} is {actual!r}, not {value!r}")
+    with storing(path, "read"), path.open("rb") as file:
+        versions = file.read(_VERSIONS.stop)[_VERSIONS]
+    if versions != _WAL_VERSIONS:
+        problems.append("its header has file format versions that are not those of a log")
+    return sorted(problems)
 
 
 def connect(path: Path, *, writable: bool) -> sqlite3.Connection:
@@ -119,6 +209,11 @@ def sqlite_errors(path: Path, action: str) -> Generator[None]:
         yield
     except sqlite3.Error as error:
         raise _translate(error, path, action) from error
+    except UnicodeDecodeError as error:
+        # SQLite quotes a damaged schema in its message, which Python then cannot read.
+        raise CorruptMemoryError(
+            "the catalog is damaged: text in it is no UTF-8", path=path
+        ) from error
 
 
 def _translate(error: sqlite3.Error, path: Path, action: str) -> MemoryStoreError:
@@ -137,10 +232,10 @@ def _translate(error: sqlite3.Error, path: Path, action: str) -> MemoryStoreErro
             f"{path}: cannot {action}: another program works on the catalog ({error}); "
             "try again when it has finished"
         )
-    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT) or (
-        code == sqlite3.SQLITE_ERROR and str(error).startswith("no such ")
-    ):
-        return CorruptMemoryError(f"the catalog is damaged: {error}", path=path)
+    damaged = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT)
+    if code in damaged or (code in _DAMAGE and str(error).startswith(_DAMAGE[code])):
+        reason = " ".join(str(error).split())
+        return CorruptMemoryError(f"the catalog is damaged: {reason}", path=path)
     return MemoryStoreError(
         f"{path}: cannot {action}: {error}; check the disk and its file system and try again"
     )

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal, Self
+from typing import Any, Literal, Self
 
-import torch
 from torch import Tensor
 
 from megacontext.errors import (
@@ -18,19 +17,25 @@ from megacontext.errors import (
     MemoryStoreError,
     ReadOnlyMemoryError,
 )
-from megacontext.memory.catalog import Catalog, FileKind, Snapshot, SourceRange
+from megacontext.memory.catalog import Catalog
+from megacontext.memory.catalog_rows import Snapshot, SourceRange
 from megacontext.memory.file_set import FileSet, header_for
 from megacontext.memory.identity import GistDtype, MemoryIdentity, Source, SourceRecord
 from megacontext.memory.lock import WriterLock
-from megacontext.memory.opening import check_openable, create_directory, show_latest
+from megacontext.memory.opening import (
+    acknowledge,
+    acknowledged,
+    check_openable,
+    create_directory,
+    show_latest,
+)
+from megacontext.memory.reading import CLOSED, ReadableMemory
 from megacontext.memory.rebuild import GistMaker, Rebuild
-from megacontext.memory.records import append_records, span_count
+from megacontext.memory.records import append_records
 from megacontext.memory.verify import VerifyReport, verify_catalog
 
-_CLOSED: Final = "is closed"
 
-
-class Memory:
+class Memory(ReadableMemory):
     """A history of tokens, and the gists of all its complete spans.
 
     Level 0 are the tokens; gist ``i`` of level ``l`` stands for tokens ``i * K**l`` to
@@ -49,18 +54,14 @@ class Memory:
         expect: MemoryIdentity | None,
         snapshot: Snapshot,
     ) -> None:
-        self.path = path
-        self._catalog = catalog
-        self._files = files
+        super().__init__(path, catalog, files, snapshot)
         self._lock = lock
         self._expect = expect
-        self._snapshot = snapshot
         self._pending: dict[int, Source] = {}
         self._next_source = catalog.max_source_id() + 1
-        self._unusable: str | None = None
 
     @classmethod
-    def create(cls, path: Path | str, identity: MemoryIdentity) -> Memory:
+    def create(cls, path: Path | str, identity: MemoryIdentity) -> Self:
         """Makes an empty memory and opens it for writing.
 
         Raises:
@@ -78,7 +79,7 @@ class Memory:
         mode: Literal["r", "a"] = "r",
         *,
         expect: MemoryIdentity | None = None,
-    ) -> Memory:
+    ) -> Self:
         """Opens a memory as of its last commit.
 
         Args:
@@ -101,10 +102,12 @@ class Memory:
         catalog: Catalog | None = None
         files = FileSet(directory, writable=writable)
         try:
+            note = acknowledged(directory)
             catalog = Catalog.open(directory, writable=writable)
-            snapshot = show_latest(catalog, files, directory, expect)
+            snapshot = show_latest(catalog, files, directory, expect, note)
             if writable:
                 files.trim()
+                acknowledge(directory, snapshot)
             return cls(directory, catalog, files, lock, expect, snapshot)
         except BaseException:
             files.close()
@@ -131,42 +134,9 @@ class Memory:
             catalog.close()
 
     @property
-    def identity(self) -> MemoryIdentity:
-        """What the memory was made with."""
-        return self._snapshot.identity
-
-    @property
     def writable(self) -> bool:
         """Whether it is open for writing."""
         return self._lock is not None
-
-    @property
-    def n_tokens(self) -> int:
-        """Committed tokens."""
-        return self._snapshot.n_tokens
-
-    @property
-    def n_levels(self) -> int:
-        """Levels that hold something, tokens included: 1 + the highest level with a gist."""
-        level = 1
-        while self.count(level):
-            level += 1
-        return level
-
-    @property
-    def generation(self) -> int:
-        """Number of the last commit; 0 for a new memory."""
-        return self._snapshot.generation
-
-    def count(self, level: int) -> int:
-        """Tokens (level 0) or gists of a level.
-
-        Raises:
-            InputError: ``level`` is negative.
-        """
-        if level < 0:
-            raise InputError(f"{self.path}: level is {level}, it must be 0 or more")
-        return span_count(self.n_tokens, self.identity.block_size, level)
 
     def append(
         self,
@@ -221,6 +191,7 @@ class Memory:
         except BaseException:
             self._recover()
             raise
+        acknowledge(self.path, self._snapshot)
         if source is not None:
             self._pending.pop(source.id, None)
         return start, stop
@@ -233,96 +204,14 @@ class Memory:
 
         Raises:
             ReadOnlyMemoryError: the memory is open for reading only.
+            InputError: a text of the source is no Unicode, or its time is not finite.
         """
         self._check_writable()
+        source.check()
         source_id = self._next_source
         self._next_source += 1
         self._pending[source_id] = source
         return source_id
-
-    def tokens(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Token ids ``[stop - start]`` int32, a view on the file's memory map: do not write to it.
-
-        Raises:
-            InputError: the range does not lie within the memory.
-        """
-        return self._read("tokens", 0, start, stop, 0, torch.int32)
-
-    def gists(self, level: int, start: int = 0, stop: int | None = None) -> Tensor:
-        """Gists ``[stop - start, gist_width]`` float16 or bfloat16, a view on the memory map.
-
-        Raises:
-            InputError: the level or the range does not lie within the memory.
-        """
-        return self._read("gists", level, start, stop, self.identity.gist_width, self._gist_dtype)
-
-    def keys(self, level: int, start: int = 0, stop: int | None = None) -> Tensor:
-        """Lens keys ``[stop - start, key_width]`` float16 or bfloat16, a view on the memory map.
-
-        Raises:
-            InputError: the level or range does not lie within the memory, or it stores no keys.
-        """
-        if not self.identity.key_width:
-            raise InputError(f"{self.path}: this memory stores no lens keys (its key_width is 0)")
-        return self._read("keys", level, start, stop, self.identity.key_width, self._gist_dtype)
-
-    def fidelity(self, level: int, start: int = 0, stop: int | None = None) -> Tensor:
-        """Fidelity of gists, ``[stop - start]`` float32; NaN where none was given.
-
-        Raises:
-            InputError: the level or the range does not lie within the memory.
-        """
-        return self._read("fidelity", level, start, stop, 1, torch.float16)[:, 0].float()
-
-    def fidelity_at(self, level: int, index: Tensor) -> Tensor:
-        """Fidelity of the gists at ``index`` ``[m]`` int64: ``[m]`` float32, no other is read.
-
-        Raises:
-            InputError: there is no such level.
-        """
-        return self._read("fidelity", level, 0, None, 1, torch.float16)[index, 0].float()
-
-    def sources(self) -> list[SourceRecord]:
-        """All sources, in the order of their tokens."""
-        self._check_open()
-        return self._catalog.sources(self.n_tokens)
-
-    def source_at(self, token: int) -> SourceRecord | None:
-        """The source of a token; ``None`` if it was appended without one.
-
-        Raises:
-            InputError: there is no such token.
-        """
-        self._check_open()
-        if not 0 <= token < self.n_tokens:
-            raise InputError(f"{self.path}: no token {token}; it has {self.n_tokens} of them")
-        return self._catalog.source_at(token, self.n_tokens)
-
-    def search_blocks(self, query: str, limit: int) -> tuple[Tensor, Tensor]:
-        """Finds blocks by their words (BM25; see :class:`~.lexical_index.LexicalIndex`).
-
-        Args:
-            query: plain text of any kind.
-            limit: most blocks to return.
-
-        Returns:
-            Block indices ``[m]`` int64 and scores ``[m]`` float32, best first, ties to the newer
-            block.
-
-        Raises:
-            InputError: ``limit`` is negative.
-        """
-        self._check_open()
-        found = self._catalog.lexical.search(
-            query, limit, n_blocks=self.count(1), generation=self.generation
-        )
-        blocks = torch.tensor([block for block, _ in found], dtype=torch.int64)
-        return blocks, torch.tensor([score for _, score in found], dtype=torch.float32)
-
-    def term_weights(self, words: Iterable[str]) -> dict[str, float]:
-        """How telling each word is in this memory: its inverse document frequency over blocks."""
-        self._check_open()
-        return self._catalog.lexical.idf(words, n_blocks=self.count(1), generation=self.generation)
 
     def replace_gists(
         self,
@@ -366,9 +255,32 @@ class Memory:
             raise
         finally:
             rebuild.close()
+        acknowledge(self.path, self._snapshot)
         # What cannot be removed now is unknown to the catalog and goes when a writer next opens.
         with contextlib.suppress(MemoryStoreError):
             self._files.trim()
+
+    def restore_sources(self, sources: Sequence[SourceRecord]) -> None:
+        """Records sources of tokens that are there already, in one commit.
+
+        Args:
+            sources: with the numbers, tokens and times that they had in another memory.
+
+        Raises:
+            InvariantError: the memory has sources of its own, or lacks tokens of these.
+            StorageFullError, MemoryStoreError: the disk failed; nothing has changed.
+        """
+        self._check_writable()
+        if self.sources() or any(source.end > self.n_tokens for source in sources):
+            raise InvariantError(f"{self.path}: these sources do not belong to its tokens")
+        try:
+            self._catalog.commit_sources(self.generation + 1, self.n_tokens, sources)
+            self._show()
+        except BaseException:
+            self._recover()
+            raise
+        self._next_source = self._catalog.max_source_id() + 1
+        acknowledge(self.path, self._snapshot)
 
     def refresh(self) -> bool:
         """Shows a reader the last commit.
@@ -391,26 +303,11 @@ class Memory:
         self._check_open()
         return verify_catalog(self._catalog, self.path)
 
-    def stats(self) -> dict[str, Any]:
-        """Sizes: ``tokens``, ``levels`` (records per level), ``sources``, ``bytes`` per part and
-        their total per token (``bytes_per_token``, 0 for an empty memory).
-        """
-        self._check_open()
-        parts: dict[str, int] = {**self._files.stored_bytes()}
-        parts["catalog"] = self._catalog.stored_bytes()
-        return {
-            "tokens": self.n_tokens,
-            "levels": [self.count(level) for level in range(self.n_levels)],
-            "sources": self._catalog.count_sources(self.n_tokens),
-            "bytes": parts,
-            "bytes_per_token": sum(parts.values()) / self.n_tokens if self.n_tokens else 0.0,
-        }
-
     def close(self) -> None:
         """Closes the memory and lets the next writer in. Tensors read from it stay usable."""
-        if self._unusable == _CLOSED:
+        if self._unusable == CLOSED:
             return
-        self._unusable = _CLOSED
+        self._unusable = CLOSED
         try:
             self._files.close()
             self._catalog.lexical.close()
@@ -429,31 +326,6 @@ class Memory:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-    @property
-    def _gist_dtype(self) -> torch.dtype:
-        return torch.float16 if self.identity.gist_dtype == "fp16" else torch.bfloat16
-
-    def _read(
-        self,
-        kind: FileKind,
-        level: int,
-        start: int,
-        stop: int | None,
-        width: int,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        self._check_open()
-        if (level == 0) != (kind == "tokens"):
-            raise InputError(f"{self.path}: level is {level}, {kind} have levels from 1 on")
-        count = self.count(level)
-        end = count if stop is None else stop
-        if not 0 <= start <= end <= count:
-            raise InputError(
-                f"{self.path}: no {kind} of level {level} from {start} to {end}; there are {count}"
-            )
-        file = self._files.get(kind, level)
-        return file.map(start, end) if file is not None else torch.empty((0, width), dtype=dtype)
 
     def _source_range(self, source_id: int | None, start: int, stop: int) -> SourceRange | None:
         if source_id is None:
@@ -484,10 +356,6 @@ class Memory:
                 self._files.discard()
         except MemoryStoreError as error:
             self._unusable = f"an earlier failure could not be undone ({error}); open it again"
-
-    def _check_open(self) -> None:
-        if self._unusable == _CLOSED:
-            raise MemoryStoreError(f"{self.path}: the memory {_CLOSED}; open it again")
 
     def _check_writable(self) -> None:
         if self._unusable is not None:

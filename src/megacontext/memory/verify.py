@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from megacontext.errors import CorruptMemoryError, MemoryVersionError
-from megacontext.memory.catalog import Catalog, FileRecord, Snapshot
+from megacontext.memory.acknowledgement import NAME as ACKNOWLEDGED_NAME
+from megacontext.memory.acknowledgement import Acknowledgement
+from megacontext.memory.catalog import Catalog
+from megacontext.memory.catalog_rows import FileKind, FileRecord, Snapshot
 from megacontext.memory.ctx_file import CtxFile
 from megacontext.memory.file_set import check_chunk, header_for
 from megacontext.memory.identity import MemoryIdentity
+from megacontext.memory.records import expected_lengths
+
+_ATTEMPTS: Final = 3
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class VerifyReport:
 
 
 def verify_catalog(catalog: Catalog, directory: Path) -> VerifyReport:
-    """Checks the catalog itself, then every header and every committed byte of every file.
+    """Checks the catalog and its sums, then every header and committed byte of every file.
 
     Goes on after damage, to tell how far it reaches. Bytes behind the committed length are no
     damage: they are a torn append, which the next writer cuts off.
@@ -67,53 +74,84 @@ def verify_catalog(catalog: Catalog, directory: Path) -> VerifyReport:
         MemoryVersionError: a file has a version that cannot be checked.
         MemoryStoreError: a file cannot be read at all.
     """
-    problems = [Damage(catalog.path, reason) for reason in catalog.integrity_problems()]
+    report = VerifyReport((), 0)
+    for _ in range(_ATTEMPTS):
+        report, generation = _verify_once(catalog, directory)
+        # A rebuild meanwhile removes files that the catalog named when it was read.
+        if report.ok or generation in (None, catalog.generation()):
+            break
+    return report
+
+
+def _verify_once(catalog: Catalog, directory: Path) -> tuple[VerifyReport, int | None]:
+    """A report, and the number of the commit it is about."""
+    acknowledged, problems = _acknowledgement(directory)
+    problems += [Damage(catalog.path, reason) for reason in catalog.integrity_problems()]
     try:
         snapshot = catalog.snapshot()
     except CorruptMemoryError as error:
-        return VerifyReport((*problems, _damage(error)), 0)
-    problems += _check_lengths(catalog, snapshot)
+        return VerifyReport((*problems, damage_of(error)), 0), None
+    if acknowledged is None and not problems and snapshot.row_sum:
+        problems.append(Damage(directory / ACKNOWLEDGED_NAME, "the file is missing"))
+    contradiction = None if acknowledged is None else acknowledged.contradiction(snapshot)
+    if contradiction is not None:
+        problems.append(Damage(catalog.path, contradiction))
+    problems += [Damage(catalog.path, reason, level) for level, reason in length_problems(snapshot)]
     checked = 0
     for record in snapshot.files:
-        found, n_bytes = _check_file(catalog, record, snapshot.identity, directory)
+        found, n_bytes = check_file(catalog, record, snapshot.identity, directory)
         problems += found
         checked += n_bytes
-    return VerifyReport(tuple(problems), checked)
+    return VerifyReport(tuple(problems), checked), snapshot.generation
 
 
-def _check_lengths(catalog: Catalog, snapshot: Snapshot) -> list[Damage]:
-    """Every level must have a record for each of its complete spans, and nothing else."""
-    identity = snapshot.identity
-    lengths = {(record.kind, record.level): record.length for record in snapshot.files}
-    expected = {("tokens", 0): snapshot.n_tokens}
-    level, count = 1, snapshot.n_tokens // identity.block_size
-    while count:
-        expected["gists", level] = expected["fidelity", level] = count
-        if identity.key_width:
-            expected["keys", level] = count
-        level, count = level + 1, count // identity.block_size
+def _acknowledgement(directory: Path) -> tuple[Acknowledgement | None, list[Damage]]:
+    try:
+        return Acknowledgement.read(directory), []
+    except CorruptMemoryError as error:
+        return None, [damage_of(error)]
+
+
+def length_problems(snapshot: Snapshot) -> list[tuple[int, str]]:
+    """Every level must have a record for each of its complete spans, and nothing else.
+
+    Returns:
+        Level and reason of everything that is wrong.
+    """
+    lengths: dict[tuple[FileKind, int], int] = {
+        (file.kind, file.level): file.length for file in snapshot.files
+    }
+    expected = expected_lengths(snapshot.identity, snapshot.n_tokens)
+    places: list[tuple[FileKind, int]] = sorted({*lengths, *expected})
     return [
-        Damage(
-            catalog.path,
+        (
+            place[1],
             f"{place[0]} of level {place[1]} have {lengths.get(place, 0)} records in the catalog, "
             f"{snapshot.n_tokens} tokens make {expected.get(place, 0)}",
-            level=place[1],
         )
-        for place in sorted({*lengths, *expected})
+        for place in places
         if lengths.get(place, 0) != expected.get(place, 0)
     ]
 
 
-def _check_file(
+def check_file(
     catalog: Catalog, record: FileRecord, identity: MemoryIdentity, directory: Path
 ) -> tuple[list[Damage], int]:
+    """Compares a file with its checksums.
+
+    Returns:
+        Everything that is wrong with it, and the bytes that were read.
+
+    Raises:
+        MemoryVersionError: it has a version that cannot be checked.
+    """
     path = directory / record.name
     try:
         file = CtxFile.open(path, length=0)
     except MemoryVersionError:
         raise
     except CorruptMemoryError as error:
-        return [_damage(error, record.level)], 0
+        return [damage_of(error, record.level)], 0
     try:
         expected = header_for(identity, record.kind, record.level)
         if file.header != expected:
@@ -135,11 +173,12 @@ def _check_chunks(catalog: Catalog, record: FileRecord, file: CtxFile) -> tuple[
         try:
             checked += check_chunk(file, chunk)
         except CorruptMemoryError as error:
-            problems.append(_damage(error))
+            problems.append(damage_of(error))
     return problems, checked
 
 
-def _damage(error: CorruptMemoryError, level: int | None = None) -> Damage:
+def damage_of(error: CorruptMemoryError, level: int | None = None) -> Damage:
+    """What an error says is wrong."""
     return Damage(
         error.path,
         error.reason,

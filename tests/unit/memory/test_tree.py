@@ -278,9 +278,9 @@ def test_a_newer_format_is_refused(make):
     memory = make().memory
     memory.close()
     catalog = Catalog.open(memory.path, writable=True)
-    catalog._connection.execute("UPDATE meta SET value = '2' WHERE key = 'format_version'")
+    catalog._connection.execute("UPDATE meta SET value = '3' WHERE key = 'format_version'")
     catalog.close()
-    with pytest.raises(MemoryVersionError, match="format 2"):
+    with pytest.raises(MemoryVersionError, match="format 3"):
         Memory.open(memory.path)
 
 

@@ -5,7 +5,7 @@ import torch
 from tiny_models import tiny_base_model
 
 from megacontext.errors import InputError
-from megacontext.evaluation.sliding_window import SlidingWindow
+from megacontext.evaluation.baselines import SlidingWindow
 from megacontext.memory import Memory, MemoryIdentity
 
 TEXT = "The cat sat on the mat. It was a very old cat, and a wise one."
@@ -59,13 +59,13 @@ def test_older_tokens_count_only_in_a_larger_window(base, memory):
 
 def test_the_answer_is_the_greedy_continuation_of_the_window(base, memory):
     window = SlidingWindow(base, memory, 32)
-    answer = window.ask("So: ", max_new_tokens=6, stop="\0")
+    answer = window.answer("So: ", "So?", max_new_tokens=6, stop="\0")
     ids = torch.cat([base.encode(TEXT)[-22:], base.encode("So: ")])
     for _ in range(6):
         token = base.model(input_ids=ids[None]).logits[0, -1].argmax()
         ids = torch.cat([ids, token[None]])
     assert answer == base.decode(ids[-6:])
-    cut = window.ask("So: ", max_new_tokens=6, stop=answer[3])
+    cut = window.answer("So: ", "So?", max_new_tokens=6, stop=answer[3])
     assert cut == answer[: answer.index(answer[3])]
 
 
