@@ -134,8 +134,10 @@ def read_config(folder: Path, model_type: str, config_type: type[ConfigT]) -> Co
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; give the folder of a checkpoint") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}; restore the file") from None
+    # Besides the errors of JSON, numbers of thousands of digits and lists in lists in lists.
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: cannot be read: {reason}; restore the file") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: expected a JSON mapping at the top level")
     found = values.pop("model_type", None)

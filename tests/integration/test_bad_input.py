@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_models import save_tiny_model, tiny_base_model
+from tiny_models import tiny_base_model, tiny_model, tiny_tokenizer
 
 from megacontext.cli.ingest_command import _decoded
 from megacontext.errors import InputError, MemoryStoreError, ModelError
@@ -24,14 +24,17 @@ from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.engine import Engine, EngineConfig
 from tools._memory_script import IDENTITY, append
 
-SMALL = ["engine.budget=128", "engine.tail_tokens=32", "decode.max_new_tokens=4"]
+SHORT = "decode.max_new_tokens=4"
 LONG = "n" * 300
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """A model whose tokens are bytes."""
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("qwen3", max_positions=2048).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -97,18 +100,16 @@ def test_a_file_in_another_encoding_is_refused_and_leaves_no_trace(
     assert not (tmp_path / "m.mctx").exists()
 
 
-def test_a_line_of_five_megabytes_is_taken_in(tmp_path):
+def test_a_line_of_five_megabytes_is_the_same_tokens_however_it_comes(tmp_path):
     base = BaseModel.from_pretrained("bundled:tiny")
-    engine = Engine(base, Memory.create(tmp_path / "m.mctx", Engine.identity(base)))
-    line = "x1 yé" * (5 * 1024 * 1024 // 6)
-    with engine.memory as memory:
-        for tokens in engine.ingestor.token_chunks([line[:99], line[99:]], 1 << 20):
-            memory_tokens = tokens
-            break
-        assert base.decode(memory_tokens[:4096]) == line[: len(base.decode(memory_tokens[:4096]))]
-        engine.ingest(line[: 1 << 19])
+    line = "x1yé-" * (5 * 1024 * 1024 // 6)
+    with Memory.create(tmp_path / "m.mctx", Engine.identity(base)) as memory:
+        ingestor = Engine(base, memory).ingestor
+        chunks = list(ingestor.token_chunks([line[:99], line[99:]], 1 << 16))
+        assert all(len(chunk) == 1 << 16 for chunk in chunks[:-1])
+        assert base.decode(torch.cat(chunks)) == line
+        ingestor.append(chunks[-1])
         assert memory.verify().ok
-        assert base.decode(memory.tokens(0, 64)) == line[: len(base.decode(memory.tokens(0, 64)))]
 
 
 @pytest.mark.parametrize("ids", [[258], [-1], [0, 2**31], [2**40]])
@@ -127,7 +128,7 @@ def test_tokens_that_another_program_stored_are_refused_when_read(megacontext, t
     option = ["--set", f"model={model}"]
     memory = tmp_path / "m.mctx"
     assert "257" in megacontext("inspect", memory, "--tokens=0:3", *option).complaint
-    ask = ["ask", "--memory", memory, "Who?", *option, *SMALL]
+    ask = ["ask", "--memory", memory, "Who?", *option, SHORT]
     assert "257" in megacontext(*ask).complaint
     assert megacontext("verify", memory).status == 0
 
@@ -136,7 +137,7 @@ def test_tokens_that_another_program_stored_are_refused_when_read(megacontext, t
 def test_a_history_of_no_token_or_one_does_what_a_long_one_does(megacontext, tmp_path, model, text):
     memory, file = tmp_path / "m.mctx", tmp_path / "t.txt"
     file.write_text(text)
-    option = ["--set", f"model={model}", *SMALL[:2]]
+    option = ["--set", f"model={model}"]
     assert megacontext("ingest", memory, file, *option).status == 0
     for command in (
         ["verify", memory],
@@ -146,13 +147,13 @@ def test_a_history_of_no_token_or_one_does_what_a_long_one_does(megacontext, tmp
         ["inspect", memory, "--search=a", *option],
         ["regist", memory, *option],
         ["repair", memory, *option],
-        ["ask", "--memory", memory, "Who?", *option, SMALL[2]],
+        ["ask", "--memory", memory, "Who?", *option, SHORT],
         ["ingest", memory, file, *option],
     ):
         done = megacontext(*command)
         assert done.status == 0, done.err
-    line = megacontext("ask", "--memory", memory, "", *option, "template=none")
-    assert line.status == (0 if text else 2), line.err
+    done = megacontext("ask", "--memory", memory, "", *option, SHORT, "template=none")
+    assert done.status == (0 if text else 2), done.err
 
 
 @pytest.mark.parametrize(
@@ -194,7 +195,6 @@ def test_a_path_that_is_no_memory_is_refused(
         "lens=" + LONG,
         "telemetry=" + LONG,
         "telemetry=.",
-        "telemetry=none/t.jsonl",
         'telemetry="a\\0b"',
         "engine.chunk_tokens=1e99",
         "engine.chunk_tokens=" + "9" * 5000,
@@ -218,7 +218,7 @@ def test_half_characters_from_the_shell_are_refused(megacontext, tmp_path, model
     assert megacontext("ingest", memory, odd_file, *option).status == 0
     (source,) = megacontext("inspect", memory, "--json=-").result["sources"]
     assert source["uri"].endswith("%FF.txt")
-    ask = ["ask", "--memory", memory, "W\udcffho?", *option, *SMALL]
+    ask = ["ask", "--memory", memory, "W\udcffho?", *option, SHORT]
     assert megacontext(*ask).status == 0
     assert megacontext("inspect", memory, "--search=\udcff", *option).status == 0
 
@@ -233,7 +233,7 @@ def without_privileges() -> Iterator[Path]:
         yield folder
     finally:
         if superuser:
-            os.seteuid(0)
+            os.setresuid(0, 0, 0)
         for path in (folder, *folder.rglob("*")):
             path.chmod(0o700)
         shutil.rmtree(folder)
@@ -241,42 +241,13 @@ def without_privileges() -> Iterator[Path]:
 
 def drop() -> None:
     if os.geteuid() == 0:
-        os.seteuid(65534)
+        os.setresuid(65534, 65534, 0)
 
 
 def protect(memory: Path, mode: int) -> None:
     for file in memory.iterdir():
         file.chmod(0o444)
     memory.chmod(mode)
-
-
-def test_a_read_only_memory_is_read_and_not_written(megacontext, model):
-    option = ["--set", f"model={model}"]
-    with without_privileges() as folder:
-        (folder / "t.txt").write_text("text of some length, more than one block of it")
-        memory = folder / "m.mctx"
-        assert megacontext("ingest", memory, folder / "t.txt", *option).status == 0
-        protect(memory, 0o555)
-        drop()
-        for command in ("verify", "stats", "inspect"):
-            assert megacontext(command, memory).status == 0
-        for command in (["ingest", memory, folder / "t.txt"], ["regist", memory]):
-            assert "writing is not allowed" in megacontext(*command, *option).complaint
-        assert (
-            "not" in megacontext("ingest", folder / "n.mctx", folder / "t.txt", *option).complaint
-        )
-
-
-def test_a_memory_that_may_not_even_be_looked_at_is_one_line(megacontext, model):
-    with without_privileges() as folder:
-        (folder / "m.mctx").mkdir(0o000)
-        (folder / "t.txt").write_text("text")
-        drop()
-        for command in ("verify", "stats", "inspect"):
-            assert str(folder / "m.mctx") in megacontext(command, folder / "m.mctx").complaint
-        option = ["--set", f"model={model}"]
-        line = megacontext("ingest", folder / "m.mctx", folder / "t.txt", *option).complaint
-        assert str(folder / "m.mctx") in line
 
 
 def test_a_memory_whose_writer_died_is_refused_where_its_log_cannot_be_folded_in(tmp_path):

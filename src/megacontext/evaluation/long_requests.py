@@ -70,6 +70,9 @@ class LongRequests:
         session: models, policy and sizes.
         stride: tokens scored between two moves of the focus.
 
+    Attributes:
+        beyond_window: requests so far that did not fit into the budget.
+
     Raises:
         InputError: ``stride`` is not positive.
         ConfigError, CheckpointError: the session's models and sizes do not fit together.
@@ -83,7 +86,6 @@ class LongRequests:
         self.budget = session.config.engine.budget
         self.stride = stride
         self.beyond_window = 0
-        """Requests so far that did not fit into the budget."""
         self._held: _Held | None = None
         with self._engine():
             pass  # refuses a budget or a checkpoint that does not fit, before the first request
@@ -236,7 +238,7 @@ class LongRequests:
     @contextmanager
     def _engine(self) -> Generator[Engine, None, None]:
         """An engine over an empty memory, which is removed afterwards."""
-        with tempfile.TemporaryDirectory(prefix="megacontext-") as folder:
+        with tempfile.TemporaryDirectory(prefix="megacontext-request-") as folder:
             engine = self.session.create(Path(folder) / "context.mctx")
             with engine.memory:
                 yield engine

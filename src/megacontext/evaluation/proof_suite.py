@@ -137,6 +137,7 @@ class _ProofRun:
         if not missing:
             return
         after = self.done + sum(missing.values())
+        self.done += sum(len(known[name]) for name in missing)
         first = 0
         for history, questions in enumerate(by_history(cell.ask(self.noise, self.config))):
             wanted = {name: range(first, count) for name, count in missing.items()}

@@ -77,5 +77,5 @@ def _describe_owner(descriptor: int) -> str:
         owner = json.loads(read_all(descriptor, _MAX_OWNER_BYTES, 0))
         started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(owner["started"])))
         return f"process {int(owner['pid'])} on host {owner['host']} since {started}"
-    except (ValueError, KeyError, TypeError, OverflowError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return "another process that has not said yet which one it is"

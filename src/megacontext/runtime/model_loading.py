@@ -46,7 +46,7 @@ def resolve_model(name_or_path: str | Path) -> tuple[str, bool]:
         folder = Path(name).expanduser()
         is_folder = folder.is_dir()
     except (OSError, RuntimeError) as error:
-        raise ModelNotFoundError(f"{_line(ValueError(name))}: no folder: {_line(error)}") from None
+        raise ModelNotFoundError(f"{name[:80]}: no such folder: {_line(error)}") from None
     if is_folder:
         if not (folder / "config.json").is_file():
             raise ModelNotFoundError(

@@ -32,10 +32,10 @@ def refusal(reason):
     return [Record(setup="s", cell="c", rival="r", number=0, seed=0, commit="x", refused=reason)]
 
 
-def measure(cells, prose=None, **settings):
+def measure(cells, stream=None, /, **settings):
     known = {"lengths": "4k", "far_lengths": "", "seed": 0}
     config = ProofSuiteConfig.parse(known | settings)
-    return Measured(config=config, cells=cells, prose=prose or {})
+    return Measured(config=config, cells=cells, prose=stream or {})
 
 
 def test_shares_and_means_are_named_by_cell_and_rival():
@@ -136,25 +136,33 @@ def test_the_gain_in_prose_is_paired():
     def blocks(values):
         return [
             Record(
-                setup="s", cell="c", rival="r", number=i, seed=0, commit="x", position=32 * i, nll=v
+                setup="s",
+                cell="c",
+                rival="r",
+                number=number,
+                seed=0,
+                commit="x",
+                ingest_s=1.0,
+                position=32 * number,
+                nll=nll,
             )
-            for i, v in enumerate(values)
+            for number, nll in enumerate(values)
         ]
 
-    prose = {
+    stream = {
         "window": blocks([3.0, 9.0, 4.0]),
         "megacontext": blocks([2.9, 8.9, 3.9]),
         "bm25": blocks([3.1, 9.1, 4.1]),
     }
-    measured = measure({}, prose, prose="100k")
+    measured = measure({}, stream, prose="100k")
     found = estimates(measured)
     gain = found["prose_nll_gain.100k"]
     assert (gain.value, gain.low, gain.high) == pytest.approx((0.1, 0.1, 0.1))
     assert found["prose_nll_gain.100k.bm25"].value == pytest.approx(-0.1)
     assert found["prose_nll.100k.window"].value == pytest.approx(16 / 3)
     assert "prose_nll_gain.100k.window" not in found
-    stream = facts(measured)["prose"]
-    assert stream["bm25"] == {"positions": [0, 32, 64], "nll": [3.1, 9.1, 4.1]}
+    told = facts(measured)["prose"]
+    assert told["bm25"] == {"positions": [0, 32, 64], "nll": [3.1, 9.1, 4.1]}
 
 
 def test_evidence_speed_and_habits():

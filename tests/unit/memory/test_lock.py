@@ -66,7 +66,14 @@ def test_the_lock_of_a_killed_process_is_taken_over(make):
 
 def test_an_unreadable_owner_does_not_hide_the_lock(tmp_path):
     lock = WriterLock.acquire(tmp_path)
-    for content in ("", "{}", "[1]", '{"pid": "x", "host": 1, "started": 1e999}', "\xff"):
+    for content in (
+        "",
+        "{}",
+        "[1]",
+        '{"pid": "x", "host": 1, "started": 1e999}',
+        "\xff",
+        "[" * 4000,
+    ):
         lock.path.write_text(content)
         with pytest.raises(MemoryLockedError, match="another process"):
             WriterLock.acquire(tmp_path)
