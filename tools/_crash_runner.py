@@ -23,6 +23,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from megacontext.cli.output import hide_loading_bars
 from megacontext.errors import InvariantError, MegaContextError
 from megacontext.memory import Memory, MemoryIdentity, Source
 from megacontext.runtime.engine import Engine
@@ -238,6 +239,7 @@ def _without_numbers(memory: Memory) -> dict[str, Any]:
 def main() -> None:
     """Kills until the input ends."""
     torch.set_num_threads(1)
+    hide_loading_bars()
     seed, config = json.loads(sys.argv[1])
     with (
         tempfile.TemporaryDirectory(prefix="megacontext-crash-") as folder,

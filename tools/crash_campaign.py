@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import Field
 
 from megacontext.config import FrozenConfig
+from megacontext.runtime.companions import MEAN
 from megacontext.runtime.engine import EngineConfig
 from megacontext.runtime.session import SessionConfig
 from tools._campaign import BROKEN, CaseLog
@@ -26,15 +27,15 @@ class CrashCampaignConfig(FrozenConfig):
         kills: SIGKILLs; every second one at a call to the system where there is a C compiler, the
             others by the clock.
         seed: of what is written and when it ends.
-        session: the models, and the habits of the writers.
+        model: base model; gists are the means of their spans.
+        engine: budget and habits of the writers.
     """
 
     output: Path | None = None
     kills: int = Field(default=100, ge=1)
     seed: int = 0
-    session: SessionConfig = SessionConfig(
-        engine=EngineConfig(budget=256, tail_tokens=64, chunk_tokens=48)
-    )
+    model: str = "bundled:tiny"
+    engine: EngineConfig = EngineConfig(budget=256, tail_tokens=64, chunk_tokens=48)
 
 
 def run(config: CrashCampaignConfig) -> dict[str, Any]:
@@ -44,7 +45,8 @@ def run(config: CrashCampaignConfig) -> dict[str, Any]:
         InvariantError: something acknowledged was lost, something half written was visible,
             ``verify`` complained, or the memory went on otherwise than one that was left alone.
     """
-    arguments = [json.dumps([config.seed, config.session.model_dump(mode="json")])]
+    session = SessionConfig(model=config.model, gistnet=MEAN, engine=config.engine)
+    arguments = [json.dumps([config.seed, session.model_dump(mode="json")])]
     with CaseLog(config.output) as log, tempfile.TemporaryDirectory() as folder:
         runner = start("tools._crash_runner", arguments, Path(folder))
         try:

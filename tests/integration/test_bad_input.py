@@ -307,3 +307,40 @@ def test_code_in_a_model_folder_is_never_run(tmp_path, model, file):
         said = str(error)
     assert "\n" not in said
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\xff", b"null", b"[]", b"[" * 100_000, b'{"model_type": [], "tokenizer_class": 5}'],
+    ids=["empty", "binary", "null", "list", "deep", "odd"],
+)
+def test_a_model_folder_with_a_damaged_file_is_refused(tmp_path, model, file, content):
+    folder = shutil.copytree(model, tmp_path / "damaged")
+    (folder / file).write_bytes(content)
+    with pytest.raises(ModelError) as caught:
+        BaseModel.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("head_dim", 0),
+        ("num_attention_heads", 0),
+        ("hidden_size", 10**9),
+        ("num_hidden_layers", 10**9),
+        ("vocab_size", 10**9),
+        ("vocab_size", -1),
+        ("dtype", "x"),
+        ("hidden_act", "none"),
+        ("layer_types", []),
+    ],
+)
+def test_a_model_that_claims_absurd_sizes_is_refused(tmp_path, model, key, value):
+    folder = shutil.copytree(model, tmp_path / "absurd")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(ModelError) as caught:
+        BaseModel.from_pretrained(folder)
+    assert "\n" not in str(caught.value)

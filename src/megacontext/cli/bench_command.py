@@ -36,8 +36,9 @@ _QUICK_FOCUS = [
 ]  # fmt: skip
 
 _QUICK_PROOF = [
-    "lengths=4k,16k", "far_lengths=", "questions=8", "asked=1", "depth_questions=2", "prose=16k",
-    "prose_points=32", "rivals=window,bm25,gists_only,megacontext,oracle",
+    "lengths=4k,16k", "far_lengths=", "questions=8", "slow_questions=4", "asked=1",
+    "depth_questions=2", "prose=16k", "prose_points=24",
+    "rivals=window,bm25,gists_only,megacontext,oracle",
 ]  # fmt: skip
 
 

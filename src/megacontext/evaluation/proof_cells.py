@@ -15,6 +15,8 @@ from megacontext.evaluation.ruler_questions import RulerConfig, ruler_questions
 
 Family = Literal["babilong", "ruler", "recall", "niah_depth"]
 FAR_TASK = "qa1"
+COUNTING = ("cwe", "fwe")
+"""Tasks whose evidence is all of a text: no budget holds it raw, and no oracle can point at it."""
 _DEPTH_TASK = "niah_single"
 
 
@@ -109,8 +111,16 @@ def plan(config: ProofSuiteConfig) -> list[Cell]:
 
 
 def asked_of(cell: Cell, config: ProofSuiteConfig) -> dict[str, int]:
-    """How many of a cell's questions each rival answers; the heat map is MegaContext's alone."""
-    names = [name for name in config.names if cell.family != "niah_depth" or name == MAIN]
+    """How many of a cell's questions each rival answers.
+
+    The heat map is MegaContext's alone, and the oracle is left out where it has nothing to tell.
+    """
+    names = [
+        name
+        for name in config.names
+        if (cell.family != "niah_depth" or name == MAIN)
+        and (cell.task not in COUNTING or name != "oracle")
+    ]
     most = config.readers_recall_up_to if cell.family == "recall" else config.readers_up_to
     too_long = tokens_of(cell.length) > tokens_of(most)
     return {

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megacontext.evaluation.proof_cells import COUNTING
 from megacontext.evaluation.proof_config import WINDOW
 from megacontext.evaluation.proof_line import ProofLine, Result
 from megacontext.evaluation.proof_plots import draw_all
@@ -90,7 +91,8 @@ def _how(line: ProofLine) -> Iterator[str]:
     yield ""
     yield "Every number stands with its 95 % interval: Wilson's for shares of right answers,"
     yield "percentile bootstrap for means. A dash means that nobody was asked; the last section"
-    yield "says why."
+    yield "says why. `oracle` is told the answer and where it stands, `full` reads more than the"
+    yield "budget: both are bounds, not rivals."
 
 
 def _to_be_shown(line: ProofLine) -> Iterator[str]:
@@ -109,7 +111,8 @@ def _to_be_shown(line: ProofLine) -> Iterator[str]:
 def _family(line: ProofLine, family: str, tasks: Sequence[str]) -> Iterator[str]:
     yield from _heading(_TITLES.get(family, family))
     if family == "ruler":
-        yield "A task with several answers counts the share of them that was named."
+        yield "A task with several answers counts the share of them that was named. Where all of"
+        yield f"the text is evidence ({', '.join(COUNTING)}) the oracle has nothing to tell."
         yield ""
     names = [*tasks, "qa1-5"] if family == "babilong" else list(tasks)
     yield from _by_rival(line, [(task, f"{family}.{task}") for task in names])

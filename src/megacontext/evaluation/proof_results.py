@@ -9,14 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from megacontext.evaluation.metrics import Estimate, mean, proportion, ratio
-from megacontext.evaluation.proof_cells import Cell
+from megacontext.evaluation.proof_cells import COUNTING, Cell
 from megacontext.evaluation.proof_config import MAIN, WINDOW, ProofSuiteConfig, tokens_of
 from megacontext.evaluation.proof_records import Record
 
 PUBLISHED_MEAN = ("qa1", "qa2", "qa3", "qa4", "qa5")
 _LEAD_LENGTH = "128k"
-# All of the text is their evidence; no budget holds it raw.
-_COUNTING = ("cwe", "fwe")
 # Not at equal budget, or told the answer, or MegaContext under another name.
 _NO_COMPETITORS = ("full", "oracle", MAIN)
 _POINTS = 100.0
@@ -230,7 +228,7 @@ def _prose(measured: Measured) -> Iterator[tuple[str, Estimate]]:
 def _evidence(measured: Measured) -> Iterator[tuple[str, Estimate]]:
     for cell, rival, records in _answered(measured):
         shares = [record.evidence for record in records if record.evidence is not None]
-        if shares and cell.task not in _COUNTING:
+        if shares and cell.task not in COUNTING:
             yield _named(f"evidence_at_L0.{cell.task}.{cell.length}", rival), mean(shares)
 
 

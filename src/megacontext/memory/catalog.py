@@ -101,7 +101,7 @@ class Catalog:
         """The last commit: lengths, files and identity, all of the same moment.
 
         Args:
-            tokens_only: leaves out every file but that of the tokens.
+            tokens_only: leaves out the sum, and every file but that of the tokens.
 
         Raises:
             CorruptMemoryError: the tables contradict each other.
@@ -124,7 +124,8 @@ class Catalog:
         generation, n_tokens = (integer(value, "last commit", self.path) for value in commit)
         identity = read_identity(meta, self.path)
         files = tuple(read_file(row, self.path) for row in rows)
-        return Snapshot(generation, n_tokens, identity, files, self._row_sum(meta))
+        row_sum = "" if tokens_only else self._row_sum(meta)
+        return Snapshot(generation, n_tokens, identity, files, row_sum)
 
     def generation(self) -> int:
         """Number of the last commit."""

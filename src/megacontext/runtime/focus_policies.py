@@ -162,21 +162,32 @@ class AttentionPolicy:
         context = view.context
         if not len(context):
             return FocusScores.unknown(0)
-        reading = view.reader.read(context, view.pending)
-        mass = view.base.attention_to(reading, min(self.query_rows, reading.n_rows)).cpu()
-        rows = torch.where(context.levels > 0, context.gist_cost, context.widths)
-        entry = torch.repeat_interleave(rows)
-        if reading.n_gists:
-            is_gist = context.levels[entry] > 0
-            ordered = torch.cat((entry[is_gist], entry[~is_gist]))
-        else:
-            ordered = entry
-        sums = torch.zeros(len(context)).index_add_(0, ordered, mass[: len(ordered)])
-        utility = sums * self.nats_per_mass
+        utility = entry_attention(view, self.query_rows) * self.nats_per_mass
         nothing = torch.empty(0)
         return FocusScores(
             nothing.long(), nothing, utility, utility.masked_fill(context.levels == 0, 0.0)
         )
+
+
+def entry_attention(view: FocusView, query_rows: int) -> Tensor:
+    """How much of the base model's attention each entry gets from the newest rows.
+
+    Args:
+        view: its context has at least one entry.
+        query_rows: how many rows ask.
+
+    Returns:
+        ``[n]`` float32, mean mass over rows, heads and layers.
+    """
+    context = view.context
+    reading = view.reader.read(context, view.pending)
+    mass = view.base.attention_to(reading, min(query_rows, reading.n_rows)).cpu()
+    rows = torch.where(context.levels > 0, context.gist_cost, context.widths)
+    entry = torch.repeat_interleave(rows)
+    if reading.n_gists:
+        is_gist = context.levels[entry] > 0
+        entry = torch.cat((entry[is_gist], entry[~is_gist]))
+    return torch.zeros(len(context)).index_add_(0, entry, mass[: len(entry)])
 
 
 def proposals_to_scores(context: WorkingContext, blocks: Tensor, utility: Tensor) -> FocusScores:

@@ -16,9 +16,27 @@ from megacontext.lensnet import (
     entry_legality,
     span_features,
 )
-from megacontext.runtime.focus_policies import FocusView, LexicalPolicy, proposals_to_scores
+from megacontext.runtime.focus_policies import (
+    FocusView,
+    LexicalPolicy,
+    entry_attention,
+    proposals_to_scores,
+)
 from megacontext.runtime.focus_scores import FocusScores
 from megacontext.runtime.working_context import WorkingContext
+
+# Newest rows whose attention is read, as by the attention policy.
+_ASKING_ROWS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class _Proposed:
+    """Blocks before the tail ``[m]``, and what each index says of them; NaN: nothing."""
+
+    blocks: Tensor
+    lexical: Tensor
+    learned: Tensor
+    attention: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +57,10 @@ class LensInputs:
 
 
 class LensPolicy:
-    """LensNet over the working entries and over what the lexical index and its own keys propose.
+    """LensNet over the working entries and over what several indices propose.
+
+    They are the lexical index, the lens's own keys and, where the lens reads it, the base model's
+    attention to the gists of the window.
 
     Args:
         lens: the scorer.
@@ -79,8 +100,12 @@ class LensPolicy:
         context = view.context
         hidden = view.base.features(view.query).float().cpu()[None]
         tail = TailStates(hidden, torch.ones(hidden.shape[:2], dtype=torch.bool))
-        blocks, lexical, learned = self._propose(view, tail)
-        facts = self._entry_facts(view)
+        attention = torch.full((len(context),), torch.nan)
+        if self.lens.config.reads_attention:
+            attention = entry_attention(view, _ASKING_ROWS)
+        proposed = self._propose(view, tail, attention)
+        blocks = proposed.blocks
+        facts = self._entry_facts(view, attention)
         legality = entry_legality(
             facts.levels,
             facts.starts,
@@ -99,22 +124,29 @@ class LensPolicy:
         starts = blocks * context.block_size
         cache = CacheFeatures(
             vectors=self._vectors(view, torch.zeros_like(blocks), starts)[None],
-            features=span_features(self._cache_facts(view, blocks, lexical, learned)),
+            features=span_features(self._cache_facts(view, proposed)),
             mask=torch.ones(1, len(blocks), dtype=torch.bool),
         )
         return LensInputs(blocks, entries, cache, tail)
 
-    def _propose(self, view: FocusView, tail: TailStates) -> tuple[Tensor, Tensor, Tensor]:
-        """Blocks ``[m]`` before the tail with lexical and learned scores or NaN, raw ones too."""
+    def _propose(self, view: FocusView, tail: TailStates, attention: Tensor) -> _Proposed:
+        """What any index proposes, raw blocks too."""
+        context = view.context
         found, points = self._lexical.search(view)
         keyed, relevance = self._by_keys(view, tail)
-        blocks = torch.unique(torch.cat((found, keyed)))
-        lexical = torch.full((len(blocks),), torch.nan)
-        learned = torch.full((len(blocks),), torch.nan)
-        lexical[torch.searchsorted(blocks, found)] = points
-        learned[torch.searchsorted(blocks, keyed)] = relevance
-        old = blocks * view.context.block_size < view.context.raw_start
-        return blocks[old], lexical[old], learned[old]
+        attended = self._by_attention(context, attention)
+        blocks = torch.unique(torch.cat((found, keyed, attended)))
+        blocks = blocks[blocks * context.block_size < context.raw_start]
+        mass = attention[context.indices_of(blocks * context.block_size)]
+        return _Proposed(
+            blocks, _placed(blocks, found, points), _placed(blocks, keyed, relevance), mass
+        )
+
+    def _by_attention(self, context: WorkingContext, attention: Tensor) -> Tensor:
+        """Blocks whose level-1 gists the base attends to most."""
+        gists = ((context.levels == 1) & ~attention.isnan()).nonzero()[:, 0]
+        most = attention[gists].topk(min(self.proposals, len(gists))).indices
+        return context.starts[gists[most]] // context.block_size
 
     def _by_keys(self, view: FocusView, tail: TailStates) -> tuple[Tensor, Tensor]:
         """Blocks whose level-1 keys are closest to the tail's queries."""
@@ -139,7 +171,7 @@ class LensPolicy:
                 vectors[here] = memory.gists(level)[index[here]].float()
         return vectors
 
-    def _entry_facts(self, view: FocusView) -> SpanFacts:
+    def _entry_facts(self, view: FocusView, attention: Tensor) -> SpanFacts:
         context = view.context
         n = len(context)
         unmeasured, no = torch.full((1, n), torch.nan), torch.zeros(1, n, dtype=torch.bool)
@@ -152,7 +184,7 @@ class LensPolicy:
             depths=torch.zeros(1, n, dtype=torch.int64),
             fidelity=self._fidelity(view, context.levels, context.starts)[None],
             lexical=unmeasured,
-            attention=unmeasured,
+            attention=attention[None],
             learned=unmeasured,
             in_context=yes,
             newest=no,
@@ -163,10 +195,8 @@ class LensPolicy:
             tail_start=torch.tensor([context.tail_start]),
         )
 
-    def _cache_facts(
-        self, view: FocusView, blocks: Tensor, lexical: Tensor, learned: Tensor
-    ) -> SpanFacts:
-        context = view.context
+    def _cache_facts(self, view: FocusView, proposed: _Proposed) -> SpanFacts:
+        context, blocks = view.context, proposed.blocks
         m, starts = len(blocks), blocks * context.block_size
         # A block that is raw is described as if it were still its gist: that is what is at stake.
         block_cost = context.block_size - context.gist_cost
@@ -178,9 +208,9 @@ class LensPolicy:
             costs=context.chain_costs(blocks).clamp(min=block_cost)[None],
             depths=context.levels[context.indices_of(starts)].clamp(min=1)[None],
             fidelity=self._fidelity(view, torch.ones_like(blocks), starts)[None],
-            lexical=lexical[None],
-            attention=torch.full((1, m), torch.nan),
-            learned=learned[None],
+            lexical=proposed.lexical[None],
+            attention=proposed.attention[None],
+            learned=proposed.learned[None],
             in_context=no,
             newest=no,
             root=no,
@@ -197,6 +227,14 @@ class LensPolicy:
             index = starts[here] // view.context.block_size**level
             fidelity[here] = view.memory.fidelity_at(level, index)
         return fidelity
+
+
+def _placed(blocks: Tensor, found: Tensor, values: Tensor) -> Tensor:
+    """``values`` of the blocks ``found`` at their places in sorted ``blocks``; NaN elsewhere."""
+    placed = torch.full((len(blocks),), torch.nan)
+    known = torch.isin(found, blocks)
+    placed[torch.searchsorted(blocks, found[known])] = values[known]
+    return placed
 
 
 def _roots(context: WorkingContext) -> Tensor:

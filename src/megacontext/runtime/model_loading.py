@@ -87,7 +87,8 @@ def load_model(
         raise CheckpointError(f"{name}: damaged weights: {_line(error)}; copy them anew") from None
     except (OSError, HFValidationError) as error:
         raise _unreadable(name, error, local=local) from None
-    except (ValueError, KeyError, ImportError) as error:
+    # A configuration that makes no sense ends in any exception at all, deep inside transformers.
+    except Exception as error:  # noqa: BLE001
         raise ModelError(
             f"{name}: transformers cannot load this as a causal language model: {_line(error)}"
         ) from None
@@ -132,7 +133,7 @@ def _load_tokenizer(source: str, name: str, *, local: bool) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             source, trust_remote_code=False, local_files_only=local
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # noqa: BLE001 - tokenizers raises Exception itself
         raise ModelError(
             f"{name}: the tokenizer cannot be loaded: {_line(error)}; save it beside the model"
         ) from None
@@ -152,5 +153,5 @@ def _unreadable(name: str, error: Exception, *, local: bool) -> ModelError:
 
 
 def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."

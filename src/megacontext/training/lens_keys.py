@@ -19,6 +19,9 @@ from megacontext.runtime.gist_builder import overlapping_blocks
 from megacontext.runtime.gist_features import GistFeatures
 from megacontext.training.lens_texts import AskedText, LensTexts
 
+# Prose is tokenized once, this many times what a batch takes, and each batch takes some slices.
+_BANKED, _SLICES = 32, 8
+
 
 class KeyStageConfig(FrozenConfig):
     """The first stage.
@@ -28,6 +31,8 @@ class KeyStageConfig(FrozenConfig):
         texts: texts of a batch.
         tokens: length of a text; all its blocks are candidates of its questions, and its noise
             those of all others'.
+        noise: tokens of further prose in a batch, whose blocks are candidates of all questions:
+            in a long history a key must stand out from many thousands.
         facts: about how many statements a text holds.
         query_tokens: newest tokens of a question (and notes) that ask.
         probe_batches: batches of held-out texts in which the finished keys are measured.
@@ -36,6 +41,7 @@ class KeyStageConfig(FrozenConfig):
     steps: int = Field(default=600, ge=0)
     texts: int = Field(default=6, ge=1)
     tokens: int = Field(default=2048, ge=128)
+    noise: int = Field(default=0, ge=0)
     facts: int = Field(default=16, ge=1)
     query_tokens: int = Field(default=64, ge=1)
     probe_batches: int = Field(default=12, ge=1)
@@ -63,26 +69,40 @@ class KeyBatch:
 
 
 def key_batch(
-    texts: Sequence[AskedText], base: BaseModel, *, block_size: int, query_tokens: int
+    texts: Sequence[AskedText],
+    base: BaseModel,
+    *,
+    block_size: int,
+    query_tokens: int,
+    noise: Sequence[Tensor] = (),
 ) -> KeyBatch:
-    """Puts texts into one batch; looks without evidence are left out."""
+    """Puts texts into one batch; looks without evidence are left out.
+
+    Args:
+        texts: what is asked about.
+        base: its tokenizer.
+        block_size: tokens of a block.
+        query_tokens: newest tokens of a look that ask.
+        noise: int64 ``[m]`` each, further prose whose blocks are candidates of every look.
+    """
+    texts = [*texts, *(AskedText(tokens, (), ()) for tokens in noise)]
     counts = [len(text.tokens) // block_size for text in texts]
     total = sum(counts)
     queries: list[Tensor] = []
     evidence: list[Tensor] = []
     candidates: list[Tensor] = []
     families: list[str] = []
-    noise = torch.ones(total, dtype=torch.bool)
+    untold = torch.ones(total, dtype=torch.bool)
     firsts = [sum(counts[:i]) for i in range(len(counts))]
     for first, count, text in zip(firsts, counts, texts, strict=True):
-        noise[[first + block for block in text.told if block < count]] = False
+        untold[[first + block for block in text.told if block < count]] = False
     for first, count, text in zip(firsts, counts, texts, strict=True):
         for ask in text.asks:
             if not ask.evidence or ask.evidence[-1] >= count:
                 continue
             wanted = torch.zeros(total, dtype=torch.bool)
             wanted[[first + block for block in ask.evidence]] = True
-            others = noise.clone()
+            others = untold.clone()
             others[first : first + count] = True
             others[[first + block for block in ask.related if block < count]] = False
             evidence.append(wanted)
@@ -125,6 +145,10 @@ class KeyRows(Dataset[KeyBatch]):
         self.base = base
         self.config = config
         self.first = first
+        self._bank = torch.empty(0, dtype=torch.int64)
+        if config.noise:
+            rng = random.Random(f"lens keys/{texts.seed}/{texts.split}/noise")
+            self._bank = base.encode(texts.noise(rng, _BANKED * config.noise))
 
     def __len__(self) -> int:
         return max(0, self.config.steps - self.first)
@@ -139,8 +163,20 @@ class KeyRows(Dataset[KeyBatch]):
             for number in range(config.texts)
         ]
         return key_batch(
-            drawn, self.base, block_size=self.texts.block_size, query_tokens=config.query_tokens
+            drawn,
+            self.base,
+            block_size=self.texts.block_size,
+            query_tokens=config.query_tokens,
+            noise=self._noise(rng),
         )
+
+    def _noise(self, rng: random.Random) -> list[Tensor]:
+        """Slices of the bank at random places."""
+        size = min(self.config.noise // _SLICES, len(self._bank))
+        if not size:
+            return []
+        places = [rng.randrange(len(self._bank) - size + 1) for _ in range(_SLICES)]
+        return [self._bank[place : place + size] for place in places]
 
 
 def key_batches(rows: KeyRows, workers: int = 1) -> Iterator[KeyBatch]:

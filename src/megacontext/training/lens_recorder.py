@@ -39,7 +39,7 @@ class RecordConfig(FrozenConfig):
         rounds: refocus rounds of a look that are recorded.
         calm: places of a text where nothing is asked and the text just goes on.
         horizon: tokens to come over which worth is measured where nothing is asked.
-        proposals: blocks that each index proposes.
+        proposals: blocks that each index proposes; BM25 adds neighbours of its hits.
         entries: working entries of a snapshot whose worth is measured, beside all proposals.
     """
 

@@ -102,7 +102,7 @@ class LensTexts:
         """A text of about ``tokens`` tokens with about ``facts`` statements in it."""
         rng = random.Random(f"lens texts/{self.seed}/{self.split}/{number}")
         themes = self._themes(rng, facts)
-        pieces, places = _scattered(rng, themes, sentences(self._noise(rng, tokens)))
+        pieces, places = _scattered(rng, themes, sentences(self.noise(rng, tokens)))
         encoded = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(pieces)]
         ends = [0]
         for ids in encoded:
@@ -124,7 +124,7 @@ class LensTexts:
         read = torch.tensor([token for ids in encoded for token in ids], dtype=torch.int64)
         return AskedText(read, tuple(asks), tuple(sorted(told)))
 
-    def _noise(self, rng: random.Random, tokens: int) -> str:
+    def noise(self, rng: random.Random, tokens: int) -> str:
         """Prose of about ``tokens`` tokens; of several books where one is too short."""
         parts: list[str] = []
         missing = int(tokens * _CHARS_PER_TOKEN)

@@ -71,6 +71,7 @@ class LensShapeConfig(FrozenConfig):
         d_ff: inner width of its MLPs.
         token_keys: whether every token of the vocabulary has a key vector.
         lexical_prior: nats that the best lexical hit counts before any training.
+        reads_attention: whether it is told how the base attends to the working entries.
     """
 
     key_width: int = Field(default=96, ge=8, le=512)
@@ -81,6 +82,7 @@ class LensShapeConfig(FrozenConfig):
     d_ff: int = Field(default=128, ge=1)
     token_keys: bool = True
     lexical_prior: float = Field(default=1.0, ge=0, le=10)
+    reads_attention: bool = False
 
     def build(self, base: BaseModel, gistnet: GistNet, seed: int) -> LensNet:
         """A LensNet of this shape for a base and its gists, with initial weights."""

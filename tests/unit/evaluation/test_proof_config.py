@@ -78,5 +78,6 @@ def test_slow_rivals_are_asked_less_and_readers_up_to_a_length():
     recall = Cell("recall", "planted", "128k", 100)
     assert asked_of(recall, config) == window_and_ours | {"own_keys": 20}
     assert asked_of(Cell("niah_depth", "niah_single", "4k", 10, 0.5), config) == {"megacontext": 10}
+    assert "oracle" not in asked_of(Cell("ruler", "cwe", "4k", 100), config)
     assert "own_keys" in asked_for_prose(config)
     assert "own_keys" not in asked_for_prose(read("rivals=own_keys", "prose=200k"))

@@ -93,7 +93,7 @@ def test_every_kind_of_cell_is_measured_and_a_second_run_asks_nothing(read, tmp_
 
 
 def test_an_interrupted_run_goes_on_where_it_ended(read, tmp_path):
-    config = read(rivals="window,megacontext,full")
+    config = read(rivals="window,megacontext,full", ruler="", depth_questions=0)
     found, said = listen(config)
     file = tmp_path / "work" / "proof.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)
