@@ -28,6 +28,7 @@ from megacontext.runtime.focus_loop import FocusRecord
 _FRAME_EVERY = 16
 _ARM_TITLES = {
     "megacontext": "MegaContext",
+    "lexical": "BM25 focus",
     "window": "sliding window",
     "recency": "gists, no focus",
     "oracle": "oracle focus",

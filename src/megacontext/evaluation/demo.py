@@ -19,14 +19,16 @@ from megacontext.evaluation.focus_playback import Frame, write_playback
 from megacontext.evaluation.metrics import Estimate, mean
 from megacontext.memory import Memory, Source
 from megacontext.runtime.base_model import BaseModel
-from megacontext.runtime.companions import load_gistnet
+from megacontext.runtime.companions import load_gistnet, load_lens
 from megacontext.runtime.engine import Engine, EngineConfig
 from megacontext.runtime.focus_loop import FocusRecord
 from megacontext.runtime.focus_policies import FocusPolicy, LexicalPolicy, RecencyPolicy
+from megacontext.runtime.lens_policy import LensPolicy
 from megacontext.runtime.oracle_policy import OraclePolicy
-from megacontext.tasks.documents import QUESTION_TEMPLATE, final_answer
+from megacontext.tasks.documents import QUESTION_TEMPLATE, Theme, final_answer
 from megacontext.tasks.fact_themes import FactThemes
 from megacontext.tasks.planting import PlantedFact, plant
+from megacontext.tasks.synonym_themes import SynonymThemes
 
 _STOP = "\n"
 
@@ -37,8 +39,11 @@ class DemoConfig(FrozenConfig):
     Attributes:
         model: base model.
         gistnet: GistNet checkpoint, ``bundled`` or ``mean``, which is the default.
+        lens: LensNet checkpoint, or ``none``; if not given, the one bundled with the model, if it
+            fits the gists.
         book: text file; the bundled book if none.
         facts: how many facts are planted and asked.
+        paraphrased: share of them that are asked in other words than the book says them.
         nll_points: at how many places of the stream the next tokens' NLL is measured.
         max_characters: of the book, to make it shorter; 0 takes all.
         frames: pictures of the stream in the playback.
@@ -48,8 +53,10 @@ class DemoConfig(FrozenConfig):
 
     model: str = "bundled:tiny"
     gistnet: str | Path | None = None
+    lens: str | Path | None = None
     book: Path | None = None
     facts: int = Field(default=20, ge=1, le=200)
+    paraphrased: float = Field(default=0.3, ge=0, le=1)
     nll_points: int = Field(default=96, ge=1)
     max_characters: int = Field(default=0, ge=0)
     frames: int = Field(default=120, ge=1)
@@ -134,14 +141,15 @@ class Demo:
         self.config = config
         self.base = base
         rng = random.Random(f"demo/{config.seed}")
-        theme = FactThemes(rng, "held_out").plain(config.facts)
+        theme = _facts(rng, config.facts, round(config.paraphrased * config.facts))
         self.text, self.facts = plant(read_book(config), theme, rng)
         # The place of a fact in tokens: everything before it, tokenized as one text.
         self.fact_tokens = _token_places(base, self.text, [f.character for f in self.facts])
         self.total_tokens = len(base.encode(self.text))
         self.gistnet = load_gistnet(config.gistnet, base, config.model)
-        self.memory = Memory.create(memory_path, Engine.identity(base, self.gistnet))
-        self.engine = self._engine(LexicalPolicy())
+        self.lens = load_lens(config.lens, base, self.gistnet, config.model)
+        self.memory = Memory.create(memory_path, Engine.identity(base, self.gistnet, self.lens))
+        self.engine = self._engine(LexicalPolicy() if self.lens is None else LensPolicy(self.lens))
         self.window = SlidingWindow(base, self.memory, config.engine.budget)
 
     def run(
@@ -203,6 +211,7 @@ class Demo:
             self.base,
             self.memory,
             gistnet=self.gistnet,
+            lens=self.lens,
             policy=policy,
             config=self.config.engine,
         )
@@ -230,10 +239,9 @@ class Demo:
         end = token + len(self.base.encode(fact.statement))
         future = self.base.encode(f" {fact.answer}\n")
         hints = range(token // size, end // size + 1)
-        rivals: dict[str, FocusPolicy] = {
-            "recency": RecencyPolicy(),
-            "oracle": OraclePolicy(future, hints, proposals=2),
-        }
+        rivals: dict[str, FocusPolicy] = {} if self.lens is None else {"lexical": LexicalPolicy()}
+        rivals["recency"] = RecencyPolicy()
+        rivals["oracle"] = OraclePolicy(future, hints, proposals=2)
         answers = {
             "megacontext": self.engine.ask(
                 prompt, max_new_tokens=limit, stop=_STOP, query=fact.question
@@ -244,6 +252,19 @@ class Demo:
             rival = self._engine(policy)
             answers[name] = rival.ask(prompt, max_new_tokens=limit, stop=_STOP, query=fact.question)
         return Answered(fact, token, answers)
+
+
+def _facts(rng: random.Random, count: int, paraphrased: int) -> Theme:
+    """``count`` facts in random order, each with its question; some are asked in other words."""
+    themes = (
+        FactThemes(rng, "held_out").plain(count - paraphrased),
+        SynonymThemes(rng, "held_out").theme(paraphrased),
+    )
+    pairs = [
+        pair for theme in themes for pair in zip(theme.statements, theme.questions, strict=True)
+    ]
+    rng.shuffle(pairs)
+    return Theme([statement for statement, _ in pairs], [question for _, question in pairs])
 
 
 def read_book(config: DemoConfig) -> str:

@@ -30,6 +30,7 @@ class LensNetConfig(FrozenConfig):
             the tail's. 0: keys are made from gists and hidden states alone.
         lexical_prior: initial weight in nats of ``lexical_relative`` in a cache item's score, so
             that an untrained lens can follow the lexical policy; 0 starts calm.
+        learned_prior: the same for ``learned_relative``, the closeness of a key.
         reads_attention: whether it is told how the base model attends to the working entries, which
             costs a forward over the window at every refocus, and entries propose themselves by it.
         gist_version: version of the GistNet whose gists it was trained on; empty where it was not.
@@ -49,6 +50,7 @@ class LensNetConfig(FrozenConfig):
     interaction: Literal["max", "mean"] = "max"
     key_vocabulary: int = Field(default=0, ge=0, le=2**24)
     lexical_prior: float = Field(default=0.0, ge=0.0, le=10.0)
+    learned_prior: float = Field(default=0.0, ge=0.0, le=10.0)
     reads_attention: bool = False
     gist_version: str = ""
     init_seed: int = Field(default=0, ge=0)

@@ -41,7 +41,7 @@ class LensNet(PretrainedModule[LensNetConfig]):
     working entries and gist cache read each other and the tail, and scores both. Cross-attention
     between chunks and neighbours as in RETRO (arXiv 2112.04426).
 
-    The score of an untrained LensNet is 0 everywhere, apart from ``lexical_prior``.
+    The score of an untrained LensNet is 0 everywhere, apart from its priors.
     """
 
     model_type: ClassVar[str] = "megacontext-lensnet"
@@ -64,8 +64,11 @@ class LensNet(PretrainedModule[LensNetConfig]):
             self.entry_head = ScoreHead(config)
             self.cache_head = ScoreHead(config)
         with torch.no_grad():
-            column = FEATURE_NAMES.index("lexical_relative")
-            self.cache_head.shortcut.weight[0, column] = config.lexical_prior
+            for name, prior in (
+                ("lexical_relative", config.lexical_prior),
+                ("learned_relative", config.learned_prior),
+            ):
+                self.cache_head.shortcut.weight[0, FEATURE_NAMES.index(name)] = prior
 
     def encode_keys(self, gists: Tensor, levels: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Makes the keys that are stored beside gists.

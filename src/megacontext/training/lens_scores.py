@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megacontext.config import FrozenConfig
-from megacontext.lensnet import Legality, LensNet, Scores, SnapshotBatch, mask_scores
+from megacontext.lensnet import (
+    Legality,
+    LensNet,
+    Scores,
+    Snapshot,
+    SnapshotBatch,
+    collate,
+    mask_scores,
+)
 
 # Utilities closer than this, in nats, are not ranked: they may be rounding or chance.
 _RANKED = 0.1
@@ -69,6 +78,18 @@ def score_loss(lens: LensNet, batch: SnapshotBatch, config: ScoreLossConfig) -> 
         + config.legality_weight * legality
     )
     return ScoreTerms(loss, regression, ranking, balance, legality)
+
+
+@torch.no_grad()
+def mean_loss(
+    lens: LensNet, snapshots: Sequence[Snapshot], config: ScoreLossConfig, batch_size: int
+) -> float:
+    """The loss over all of ``snapshots``, in batches of ``batch_size``."""
+    total = 0.0
+    for start in range(0, len(snapshots), batch_size):
+        part = snapshots[start : start + batch_size]
+        total += float(score_loss(lens, collate(part), config).loss) * len(part)
+    return total / max(1, len(snapshots))
 
 
 def _huber(score: Tensor, truth: Tensor, known: Tensor, delta: float) -> Tensor:

@@ -16,10 +16,7 @@ from torch import Tensor, nn
 
 from megacontext.config import FrozenConfig
 from megacontext.errors import ConfigError, TrainingError
-from megacontext.gistnet import GistNet
 from megacontext.lensnet import (
-    LensNet,
-    LensNetConfig,
     Snapshot,
     SnapshotDataset,
     collate,
@@ -41,9 +38,11 @@ from megacontext.training.lens_recorder import LensRecorder, RecordConfig
 from megacontext.training.lens_scores import (
     ScoreLossConfig,
     calibration,
+    mean_loss,
     rank_correlation,
     score_loss,
 )
+from megacontext.training.lens_shape import LensShapeConfig
 from megacontext.training.lens_texts import LensTexts
 from megacontext.training.lm_batches import split_corpus
 from megacontext.training.optimizers import HybridOptimizer, OptimizerConfig
@@ -59,50 +58,16 @@ from megacontext.training.train_state import (
 _COUNTED_TEXTS, _COUNTED_CHARACTERS = 64, 40_000
 
 
-class LensShapeConfig(FrozenConfig):
-    """What a new LensNet looks like; the rest follows from the base model and the GistNet.
-
-    Attributes:
-        key_width: numbers of a stored key.
-        n_queries: queries drawn from the tail.
-        d_hidden: width of its own states.
-        n_layers: rounds of cross-attention.
-        n_heads: attention heads.
-        d_ff: inner width of its MLPs.
-        token_keys: whether every token of the vocabulary has a key vector.
-        lexical_prior: nats that the best lexical hit counts before any training.
-        reads_attention: whether it is told how the base attends to the working entries.
-    """
-
-    key_width: int = Field(default=96, ge=8, le=512)
-    n_queries: int = Field(default=4, ge=1, le=64)
-    d_hidden: int = Field(default=64, ge=8)
-    n_layers: int = Field(default=1, ge=1)
-    n_heads: int = Field(default=4, ge=1)
-    d_ff: int = Field(default=128, ge=1)
-    token_keys: bool = True
-    lexical_prior: float = Field(default=1.0, ge=0, le=10)
-    reads_attention: bool = False
-
-    def build(self, base: BaseModel, gistnet: GistNet, seed: int) -> LensNet:
-        """A LensNet of this shape for a base and its gists, with initial weights."""
-        values = self.model_dump(exclude={"token_keys"})
-        values |= {
-            "d_model": base.d_model,
-            "gist_width": gistnet.config.gist_width,
-            "gist_version": gistnet.version,
-            "key_vocabulary": base.vocab_size if self.token_keys else 0,
-            "init_seed": seed,
-        }
-        return LensNet(LensNetConfig.parse(values, where="lens"))
-
-
 class ScoreStageConfig(FrozenConfig):
     """Training of the scores after each round of recording.
+
+    Labels are dear, so there are few snapshots, and a lens can learn them by heart: what is kept
+    are the weights with the lowest loss on the held-out ones.
 
     Attributes:
         steps: optimizer steps.
         batch_size: snapshots of a batch.
+        probe_every: steps between measurements of the held-out loss.
         held_out_share: share of a round's parts that only measure and calibrate, at least one; a
             round of a single part trains with it.
         loss: weights of its terms.
@@ -110,6 +75,7 @@ class ScoreStageConfig(FrozenConfig):
 
     steps: int = Field(default=600, ge=1)
     batch_size: int = Field(default=16, ge=1)
+    probe_every: int = Field(default=25, ge=1)
     held_out_share: float = Field(default=0.15, gt=0, lt=1)
     loss: ScoreLossConfig = ScoreLossConfig()
 
@@ -193,6 +159,8 @@ class LensTrainer:
         self.log = JsonlLog(config.output / "log.jsonl")
         self.stage = self.step = self.done = 0
         self._optimizer_state: dict[str, Tensor] = {}
+        self._best: dict[str, Tensor] = {}
+        self._best_loss = math.inf
         # Of every term, its values since the last line of the log.
         self._terms: dict[str, list[float]] = {}
         for number in range(len(config.rounds)):
@@ -254,8 +222,11 @@ class LensTrainer:
             batch = collate([training[index] for index in chosen.tolist()])
             return vars(score_loss(lens, batch, config.scores.loss))
 
+        def measure() -> float:
+            return mean_loss(lens, held_out, config.scores.loss, config.scores.batch_size)
+
         stage = f"scores {number + 1}"
-        self._fit(stage, modules, config.scores.steps, config.score_optimizer, loss)
+        self._fit(stage, modules, config.scores.steps, config.score_optimizer, loss, measure)
         self._calibrate(held_out)
         self._log({"probe": self._probe_scores(held_out)})
 
@@ -318,8 +289,18 @@ class LensTrainer:
         steps: int,
         rates: OptimizerConfig,
         loss: Callable[[], dict[str, Tensor]],
+        measure: Callable[[], float] | None = None,
     ) -> None:
-        """Steps ``self.step`` to ``steps`` of a stage; ``loss`` gives the terms, the sum first."""
+        """Steps ``self.step`` to ``steps`` of a stage.
+
+        Args:
+            name: of the stage.
+            modules: what is trained.
+            steps: at which the stage ends.
+            rates: of the optimizer.
+            loss: gives the terms, their sum named ``loss``.
+            measure: gives the held-out loss; the weights with the lowest are kept.
+        """
         chosen = {id(parameter) for module in modules for parameter in module.parameters()}
         named = [(n, p) for n, p in self.lens.named_parameters() if id(p) in chosen]
         optimizer = HybridOptimizer(named, rates)
@@ -327,6 +308,8 @@ class LensTrainer:
         self.lens.train()
         with training_progress() as progress:
             task = progress.add_task(name, total=steps, completed=self.step)
+            if measure is not None and not self._best:
+                self._keep_best(measure(), named)
             while self.step < steps:
                 terms = loss()
                 terms["loss"].backward()
@@ -342,13 +325,31 @@ class LensTrainer:
                     means = {key: sum(seen) / len(seen) for key, seen in self._terms.items()}
                     self._log({"stage": name, "stage_step": self.step, "rate": rate, **means})
                     self._terms = {}
-                if self.step == steps:
+                last = self.step == steps
+                if measure is not None and (
+                    last or self.step % self.config.scores.probe_every == 0
+                ):
+                    self._keep_best(measure(), named)
+                if last:
                     self._require_finite(name)
                 elif self.step % self.config.checkpoint_every == 0:
                     self._require_finite(name)
                     self._checkpoint(optimizer)
                 progress.update(task, completed=self.step)
+        if self._best:
+            with torch.no_grad():
+                for key, parameter in named:
+                    parameter.copy_(self._best[key])
+        self._best = {}
         self.lens.eval()
+
+    def _keep_best(self, loss: float, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+        if not self._best or loss < self._best_loss:
+            self._best_loss = loss
+            self._best = {key: parameter.detach().clone() for key, parameter in named}
+            if self.step:
+                # What is logged at a stage's start would stand there again after a resume.
+                self._log({"stage_step": self.step, "held_out_loss": round(loss, 4)})
 
     def _require_finite(self, stage: str) -> None:
         for name, parameter in self.lens.named_parameters():
@@ -422,7 +423,9 @@ class LensTrainer:
         tensors = prefixed("model|", dict(self.lens.named_parameters()))
         if optimizer is not None:
             tensors |= prefixed("optim|", optimizer.state_tensors())
+        tensors |= prefixed("best|", self._best)
         metadata = {"stage": str(self.stage), "step": str(self.step), "done": str(self.done)}
+        metadata["best_loss"] = repr(self._best_loss)
         metadata["terms"] = json.dumps(self._terms)
         save_state(self.config.output / "checkpoint.safetensors", tensors, metadata)
 
@@ -437,6 +440,8 @@ class LensTrainer:
                 for name, parameter in parameters.items():
                     parameter.copy_(state[name])
             self._optimizer_state = under("optim|", tensors)
+            self._best = under("best|", tensors)
+            self._best_loss = float(metadata.get("best_loss", "inf"))
             self.stage, self.step = int(metadata["stage"]), int(metadata["step"])
             self.done = int(metadata["done"])
             self._terms = json.loads(metadata.get("terms", "{}"))

@@ -115,6 +115,10 @@ def test_untrained_lens_is_calm_or_lexical():
     lexical = cache.features[..., FEATURE_NAMES.index("lexical_relative")]
     assert not scores.entry.any()
     torch.testing.assert_close(scores.cache, 2 * lexical)
+    priors = {"lexical_prior": 2.0, "learned_prior": 3.0}
+    scores = LensNet(LensNetConfig(**SMALL, **priors))(entries, cache, tail)
+    learned = cache.features[..., FEATURE_NAMES.index("learned_relative")]
+    torch.testing.assert_close(scores.cache, 2 * lexical + 3 * learned)
 
 
 def test_every_scoring_parameter_trains():

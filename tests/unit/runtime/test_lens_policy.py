@@ -8,7 +8,8 @@ from engine_cases import K, config, learned_gistnet, new_engine, words
 from tiny_models import tiny_base_model
 
 from megacontext.lensnet import LensNet, LensNetConfig
-from megacontext.runtime.focus_policies import LexicalPolicy
+from megacontext.lensnet.features import FEATURE_NAMES
+from megacontext.runtime.focus_policies import AttentionPolicy, LexicalPolicy, entry_attention
 from megacontext.runtime.lens_policy import LensPolicy
 
 SECRET = "the zebra sleeps in the blue barn. "
@@ -153,3 +154,26 @@ def test_no_history(base, tmp_path):
     engine = new_engine(tmp_path, base, lens=lens, policy=LensPolicy(lens))
     assert len(list(engine.generate("hello", max_new_tokens=3, remember=False))) == 3
     engine.refocus()
+
+
+def test_told_of_attention_it_proposes_what_the_base_attends_to(base, tmp_path):
+    calm, told_ = (make_lens(base, reads_attention=reads) for reads in (False, True))
+    engine = told(new_engine(tmp_path, base))
+    engine.focus.context = engine.context.reveal(3).check(budget=False)
+    view = engine.focus.view(base.encode("qqqq"), query=base.encode("qqqq"))
+    context = view.context
+    without, inputs = (LensPolicy(lens, proposals=3).inputs(view) for lens in (calm, told_))
+    assert not len(without.blocks), "no word and no key says anything of it"
+    column = FEATURE_NAMES.index("attention")
+    assert not without.entries.features[0, :, column:].any()
+    mass = entry_attention(view, 16)
+    # As the attention policy reads it, of every entry.
+    points = AttentionPolicy(nats_per_mass=1.0).score(view).entry_utility
+    torch.testing.assert_close(mass, points)
+    torch.testing.assert_close(inputs.entries.features[0, :, column], mass)
+    gists = [(float(mass[i]), i) for i in range(len(context)) if context.levels[i] == 1]
+    assert len(gists) > 3
+    best = sorted(int(context.starts[i]) // K for _, i in sorted(gists, reverse=True)[:3])
+    assert inputs.blocks.tolist() == best
+    covering = context.indices_of(inputs.blocks * K)
+    torch.testing.assert_close(inputs.cache.features[0, :, column], mass[covering])

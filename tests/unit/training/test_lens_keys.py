@@ -152,6 +152,23 @@ def test_a_worker_builds_the_same_batches_in_order(base, texts):
     assert [batch.families for batch in alone] == [batch.families for batch in worked]
 
 
+def test_further_noise_is_a_candidate_of_every_look(base, texts):
+    sizes = SMALL.model_copy(update={"noise": 16 * K})
+    plain, noisy = (KeyRows(texts, base, config)[2] for config in (SMALL, sizes))
+    known = plain.evidence.shape[1]
+    more = noisy.evidence.shape[1] - known
+    assert more == 16
+    assert torch.equal(noisy.evidence[:, :known], plain.evidence)
+    assert torch.equal(noisy.candidates[:, :known], plain.candidates)
+    assert not noisy.evidence[:, known:].any()
+    assert noisy.candidates[:, known:].all()
+    slices = noisy.texts[len(plain.texts) :]
+    assert sum(map(len, slices)) == 16 * K
+    assert len({tuple(tokens.tolist()) for tokens in slices}) > 1, "from several places"
+    assert same(KeyRows(texts, base, sizes, first=2)[0], noisy), "the same after a resume"
+    assert not same(KeyRows(texts, base, sizes)[3], noisy)
+
+
 # Relevance
 
 

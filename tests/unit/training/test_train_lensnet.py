@@ -24,7 +24,7 @@ from megacontext.errors import CheckpointError, ConfigError, DataError, Training
 from megacontext.lensnet import LensNet, SnapshotDataset, collate
 from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.session import Session, SessionConfig
-from megacontext.training.lens_scores import calibration
+from megacontext.training.lens_scores import ScoreLossConfig, calibration, score_loss
 from megacontext.training.train_lensnet import LensTrainer
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -313,6 +313,33 @@ def test_training_lowers_the_loss_of_both_stages(folder):
     for stage in ("keys", "scores 1"):
         losses = [r["loss"] for r in log_of(folder) if r.get("stage") == stage]
         assert sum(losses[-5:]) < 0.8 * sum(losses[:5]), stage
+
+
+def test_the_weights_with_the_lowest_held_out_loss_are_kept(straight, folder):
+    copy_run(straight, folder)
+    rates = tiny_lens_run(folder)["score_optimizer"] | {"adam_lr": 1.0, "muon_lr": 1.0}
+    scores = {"steps": 6, "batch_size": 4, "probe_every": 2}
+    trainer = trainer_of(folder, scores=scores, score_optimizer=rates)
+    trainer.step, seen, kept = 0, [], []
+    measured = iter([3.0, 2.0, 5.0, 4.0])
+
+    def weights():
+        return {n: p.detach().clone() for n, p in trainer.lens.named_parameters()}
+
+    def measure():
+        seen.append((trainer.step, weights()))
+        return next(measured)
+
+    _, held_out = trainer._snapshots(1)
+
+    def loss():
+        return vars(score_loss(trainer.lens, collate(held_out), ScoreLossConfig()))
+
+    trainer._fit("scores", [trainer.lens], 6, trainer.config.score_optimizer, loss, measure)
+    kept = weights()
+    assert [step for step, _ in seen] == [0, 2, 4, 6]
+    assert all(torch.equal(kept[name], value) for name, value in seen[1][1].items())
+    assert any(not torch.equal(kept[name], value) for name, value in seen[3][1].items())
 
 
 def test_scores_are_calibrated_to_nats(straight, folder):
