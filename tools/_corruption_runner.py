@@ -21,8 +21,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+
 from megacontext.errors import CorruptMemoryError, MegaContextError, MemoryStoreError
-from megacontext.memory import Memory, Source
+from megacontext.memory import KeyIndex, KeyIndexConfig, Memory, Source
 from megacontext.memory.schema import CATALOG_NAME
 from tools._memory_script import IDENTITY, append, describe, read, small_memory
 
@@ -33,6 +35,8 @@ _FRAME_HEADER: Final = 24
 _PAGE_HEADERS: Final = {2: 12, 5: 12, 10: 8, 13: 8}
 _SECONDS: Final = 60
 _ADDRESS_SPACE: Final = 16 << 30
+# An index over any number of keys, all of which it looks at.
+_KEY_INDEX: Final = KeyIndexConfig(flat_keys=16, rerank=1 << 20)
 _HEADER: Final = struct.Struct("<IHHHHH32s")
 _ABSURD: Final = (
     {"version": 9},
@@ -99,6 +103,8 @@ class State:
 def make_states(folder: Path) -> dict[str, State]:
     """The memories that are damaged, and others whose files are put in their place."""
     small_memory(folder / "closed")
+    with Memory.open(folder / "closed", "a") as memory:
+        KeyIndex(memory, _KEY_INDEX).update()
     if not (child := os.fork()):
         memory = Memory.create(folder / "killed", IDENTITY)
         for n_tokens in (9, 30, 62):
@@ -271,13 +277,29 @@ def _expect_harmless(path: Path, state: State, what: str) -> None:
     """What ``verify`` lets pass must change nothing that is ever read, now or after a commit."""
     _promise(read(path) == state.said, f"{what}: verify passes, but the contents differ")
     with Memory.open(path, "a") as memory:
+        _expect_best_keys(memory, what)
         append(memory, 40)
+        _expect_best_keys(memory, what)
         _promise(memory.verify().ok, f"{what}: verify fails after an append")
         _promise(
             memory.tokens().numpy().tobytes().startswith(state.said["tokens"]),
             f"{what}: tokens differ after an append",
         )
     _promise(Memory.verify_path(path).ok, f"{what}: verify fails after an append and closing")
+
+
+def _expect_best_keys(memory: Memory, what: str) -> None:
+    """What the index of keys finds is what comparing all of them finds."""
+    if not memory.identity.key_width:
+        return
+    count, query = memory.count(1), torch.ones(1, memory.identity.key_width)
+
+    def relevance(keys: torch.Tensor) -> torch.Tensor:
+        return (query @ keys.float().T)[0]
+
+    blocks, _ = KeyIndex(memory, _KEY_INDEX).search(query, count // 2, count, relevance)
+    best = relevance(memory.keys(1)).argsort(descending=True)[: count // 2]
+    _promise(torch.equal(blocks, best), f"{what}: the index of keys finds others than the best")
 
 
 def _promise(kept: bool, otherwise: str) -> None:

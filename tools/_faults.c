@@ -87,6 +87,7 @@ CHANGE(unlinkat, d, p, (int d, const char *p, int f), (d, p, f))
 CHANGE(rmdir, AT_FDCWD, p, (const char *p), (p))
 CHANGE(mkdir, AT_FDCWD, p, (const char *p, mode_t m), (p, m))
 CHANGE(rename, AT_FDCWD, p, (const char *p, const char *q), (p, q))
+CHANGE(renameat2, d, p, (int d, const char *p, int e, const char *q, unsigned f), (d, p, e, q, f))
 CHANGE(ftruncate, fd, NULL, (int fd, off_t n), (fd, n))
 CHANGE(ftruncate64, fd, NULL, (int fd, off64_t n), (fd, n))
 

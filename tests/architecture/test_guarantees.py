@@ -27,14 +27,12 @@ def promises(page: str) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 @cache
-def tests_in(path: Path) -> frozenset[str]:
-    """Names that pytest collects from a file: functions, classes, and classes under another name."""
+def names_in(path: Path) -> frozenset[str]:
+    """Names that pytest collects from a file: of functions, and of classes however made."""
     names: set[str] = set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-            names.add(node.name)
-        elif isinstance(node, ast.ClassDef) and node.name.startswith("Test"):
-            names.add(node.name)
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names |= {node.name} if node.name.startswith(("test_", "Test")) else set()
         elif isinstance(node, ast.Assign):
             targets = [target.id for target in node.targets if isinstance(target, ast.Name)]
             names |= {name for name in targets if name.startswith("Test")}
@@ -45,7 +43,7 @@ def missing(root: Path, references: list[tuple[str, str]]) -> list[str]:
     return [
         f"{file}::{name}"
         for file, name in references
-        if not (root / file).is_file() or name not in tests_in(root / file)
+        if not (root / file).is_file() or name not in names_in(root / file)
     ]
 
 

@@ -35,6 +35,7 @@ CONFIG_TYPES: dict[str, type[FrozenConfig]] = {
     "inspect": SessionConfig,
     "regist": SessionConfig,
     "repair": SessionConfig,
+    "forget": SessionConfig,
     "ask": TalkConfig,
     "chat": TalkConfig,
     "bench base": BaseSuiteConfig,
@@ -44,7 +45,7 @@ CONFIG_TYPES: dict[str, type[FrozenConfig]] = {
     "bench proof": ProofSuiteConfig,
 }
 # Quick commands that need nothing but what came before them in the same file.
-QUICK = {"ingest", "inspect", "stats", "verify", "regist", "ask", "chat"}
+QUICK = {"ingest", "inspect", "stats", "verify", "forget", "regist", "ask", "chat"}
 NEEDS_MORE = ("--model", "gistnet=", "lens=", "model=")
 
 

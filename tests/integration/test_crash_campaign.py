@@ -1,4 +1,4 @@
-"""Short runs of the campaigns in tools/; `docs/safety.md` has the commands of the long ones."""
+"""Short runs of the campaigns in tools/; `docs/guarantees.md` has the commands of the long ones."""
 
 from __future__ import annotations
 
@@ -57,6 +57,7 @@ def test_damage_of_every_kind_is_noticed():
         "acknowledged",
         "lock",
         "catalog.sqlite-shm",
+        "keys.L1.faiss",
         "a page that the log has anew",
         "a page that is not in use",
         "unused space of a page",

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from megacontext.cli.output import console, read_config, token_progress, write_json
 from megacontext.errors import InputError
-from megacontext.memory import Memory, Source
+from megacontext.memory import KeyIndex, Memory, Source
 from megacontext.memory.opening import is_taken
 from megacontext.runtime.engine import Engine
 from megacontext.runtime.regist import regist
@@ -39,6 +39,7 @@ def run_ingest(arguments: argparse.Namespace) -> int:
                 _ingest(engine, name, source, progress)
                 for name, source in zip(arguments.files, sources, strict=True)
             ]
+            KeyIndex(engine.memory, config.key_index).update()
             stats = engine.memory.stats()
     console.print(
         f"{sum(item['tokens'] for item in taken):,} tokens taken in; "
@@ -63,6 +64,7 @@ def run_regist(arguments: argparse.Namespace) -> int:
             progress.advance(tasks[level], count * memory.identity.block_size**level)
 
         regist(session.base, memory, session.gistnet, session.lens, advance)
+        KeyIndex(memory, session.config.key_index).update()
         version = memory.identity.gist_version
     console.print(f"{arguments.memory}: gists rebuilt, version {version}")
     write_json(arguments.json, {"gist_version": version})

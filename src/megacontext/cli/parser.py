@@ -13,6 +13,7 @@ from megacontext import __version__
 from megacontext.cli.output import add_config_options, add_json_option
 
 _DEMO = "megacontext.cli.demo_command"
+_FORGET = "megacontext.cli.forget_command"
 _INGEST = "megacontext.cli.ingest_command"
 _INSPECT = "megacontext.cli.inspect_command"
 _TALK = "megacontext.cli.talk_commands"
@@ -81,6 +82,17 @@ def _add_memory_commands(commands: Any) -> None:
         f"{_INSPECT}:run_repair",
     )
     add_config_options(repair)
+    forget = _on_memory(
+        commands, "forget", "take sources out of a memory for good", f"{_FORGET}:run_forget"
+    )
+    forget.add_argument(
+        "--source",
+        action="append",
+        required=True,
+        metavar="URI",
+        help="as `inspect` shows it, or the path of a file; may be repeated",
+    )
+    add_config_options(forget)
     regist = _on_memory(
         commands,
         "regist",

@@ -1,7 +1,16 @@
 """Gist trees on disk: tokens, gists, lens keys, sources and a lexical index, committed together."""
 
 from megacontext.memory.identity import MemoryIdentity, Source, SourceRecord
+from megacontext.memory.key_index import KeyIndex, KeyIndexConfig
 from megacontext.memory.tree import Memory
 from megacontext.memory.verify import VerifyReport
 
-__all__ = ["Memory", "MemoryIdentity", "Source", "SourceRecord", "VerifyReport"]
+__all__ = [
+    "KeyIndex",
+    "KeyIndexConfig",
+    "Memory",
+    "MemoryIdentity",
+    "Source",
+    "SourceRecord",
+    "VerifyReport",
+]

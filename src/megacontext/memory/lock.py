@@ -35,7 +35,7 @@ class WriterLock:
 
         Raises:
             MemoryLockedError: another process (or another object of this one) holds it; names the
-                process, its host, and since when.
+                process, its host, and since when. Or the memory was replaced at this moment.
             ReadOnlyMemoryError: the lock file cannot be written.
         """
         path = directory / LOCK_NAME
@@ -44,6 +44,11 @@ class WriterLock:
         try:
             with storing(path, "lock"):
                 _lock(descriptor, path)
+                if not _is_still_at(descriptor, path):
+                    raise MemoryLockedError(
+                        f"{directory}: another process has just put a new memory in its place; "
+                        "try again"
+                    )
                 owner = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()}
                 os.ftruncate(descriptor, 0)
                 write_all(descriptor, memoryview(json.dumps(owner).encode()), 0)
@@ -70,6 +75,14 @@ def _lock(descriptor: int, path: Path) -> None:
             f"{path.parent}: open for writing by {_describe_owner(descriptor)}; close it there, "
             "or open the memory with mode 'r'"
         ) from None
+
+
+def _is_still_at(descriptor: int, path: Path) -> bool:
+    """Whether a lock file that was waited for still is the memory's."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _describe_owner(descriptor: int) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import zlib
 from collections.abc import Iterable
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,9 +14,10 @@ from torch import Tensor
 
 from megacontext.errors import InputError, MemoryStoreError
 from megacontext.memory.catalog import Catalog
-from megacontext.memory.catalog_rows import FileKind, Snapshot
-from megacontext.memory.file_set import FileSet
+from megacontext.memory.catalog_rows import FileKind, FileRecord, Snapshot
+from megacontext.memory.file_set import CHUNK_BYTES, FileSet
 from megacontext.memory.identity import MemoryIdentity, SourceRecord
+from megacontext.memory.key_index_file import index_bytes
 from megacontext.memory.records import span_count
 
 CLOSED: Final = "is closed"
@@ -95,6 +99,36 @@ class ReadableMemory:
             raise InputError(f"{self.path}: this memory stores no lens keys (its key_width is 0)")
         return self._read("keys", level, start, stop, self.identity.key_width, self._gist_dtype)
 
+    @property
+    def keys_file(self) -> str | None:
+        """Name of the file of level-1 keys: another one once they were made anew."""
+        record = self._key_record()
+        return None if record is None else record.name
+
+    def key_stamp(self, n: int) -> bytes:
+        """A digest of 32 bytes of the first ``n`` level-1 keys and of what they were made with.
+
+        It is made of the catalog's checksums; only keys behind the last full chunk are read.
+
+        Raises:
+            InputError: there are no ``n`` keys.
+        """
+        digest = hashlib.sha256(repr(astuple(self.identity)).encode())
+        record = self._key_record()
+        if record is None:
+            return digest.digest()
+        chunks = {chunk.start: chunk for chunk in self._catalog.chunks(record.id)}
+        capacity = max(1, CHUNK_BYTES // (2 * self.identity.key_width))
+        for start in range(0, n, capacity):
+            chunk, count = chunks.get(start), min(capacity, n - start)
+            if chunk is not None and chunk.count == count == capacity:
+                checksum = chunk.crc32
+            else:
+                keys = self.keys(1, start, start + count)
+                checksum = zlib.crc32(keys.contiguous().view(torch.uint8).numpy().data)
+            digest.update(checksum.to_bytes(4, "little"))
+        return digest.digest()
+
     def fidelity(self, level: int, start: int = 0, stop: int | None = None) -> Tensor:
         """Fidelity of gists, ``[stop - start]`` float32; NaN where none was given.
 
@@ -160,6 +194,7 @@ class ReadableMemory:
         self._check_open()
         parts: dict[str, int] = {**self._files.stored_bytes()}
         parts["catalog"] = self._catalog.stored_bytes()
+        parts["key_index"] = index_bytes(self.path)
         return {
             "tokens": self.n_tokens,
             "levels": [self.count(level) for level in range(self.n_levels)],
@@ -167,6 +202,10 @@ class ReadableMemory:
             "bytes": parts,
             "bytes_per_token": sum(parts.values()) / self.n_tokens if self.n_tokens else 0.0,
         }
+
+    def _key_record(self) -> FileRecord | None:
+        files = self._snapshot.files
+        return next((file for file in files if (file.kind, file.level) == ("keys", 1)), None)
 
     @property
     def _gist_dtype(self) -> torch.dtype:

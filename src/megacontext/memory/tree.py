@@ -21,6 +21,7 @@ from megacontext.memory.catalog import Catalog
 from megacontext.memory.catalog_rows import Snapshot, SourceRange
 from megacontext.memory.file_set import FileSet, header_for
 from megacontext.memory.identity import GistDtype, MemoryIdentity, Source, SourceRecord
+from megacontext.memory.key_index_file import remove_lists
 from megacontext.memory.lock import WriterLock
 from megacontext.memory.opening import (
     acknowledge,
@@ -259,6 +260,9 @@ class Memory(ReadableMemory):
         # What cannot be removed now is unknown to the catalog and goes when a writer next opens.
         with contextlib.suppress(MemoryStoreError):
             self._files.trim()
+        # Nor would an index over the old keys be taken for one over the new.
+        with contextlib.suppress(MemoryStoreError):
+            remove_lists(self.path)
 
     def restore_sources(self, sources: Sequence[SourceRecord]) -> None:
         """Records sources of tokens that are there already, in one commit.

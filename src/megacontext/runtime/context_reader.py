@@ -9,7 +9,8 @@ from megacontext.gistnet import GistNet
 from megacontext.memory import Memory
 from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.context_input import ContextInput
-from megacontext.runtime.working_context import PositionPolicy, WorkingContext
+from megacontext.runtime.row_layout import RowLayout
+from megacontext.runtime.working_context import PositionPolicy, WorkingContext, node_keys
 
 
 class ContextReader:
@@ -51,47 +52,90 @@ class ContextReader:
             ConfigError: all of that needs more positions than the base has.
         """
         device = self.base.device
-        rows = torch.where(context.levels > 0, context.gist_cost, context.widths)
-        entry = torch.repeat_interleave(rows)
-        offset = torch.arange(len(entry)) - (rows.cumsum(0) - rows)[entry]
-        starts = context.positions(self.positions, self.max_positions - len(pending) - ahead)
-        positions = starts[entry] + offset
-        is_gist = context.levels[entry] > 0
-        tokens = self.memory.tokens(0, context.cursor)
-        raw = tokens[(context.starts[entry] + offset)[~is_gist]].long()
-        after = int(positions[-1]) + 1 if len(positions) else 0
-        pending_positions = torch.arange(after, after + len(pending))
-        raw_embeddings = self.base.embed(torch.cat((raw, pending.long())))
-        gists = self.gists(context).to(device)
-        gist_levels = context.levels[context.levels > 0].to(device)
-        if self.gistnet.config.reader == "kv" and len(gists):
-            keys, values = self.gistnet.read_kv(gists, gist_levels, context.gist_cost)
-            return ContextInput(
-                embeddings=raw_embeddings,
-                positions=torch.cat((positions[~is_gist], pending_positions)).to(device),
-                gist_keys=keys.flatten(1, 2).to(self.base.dtype),
-                gist_values=values.flatten(1, 2).to(self.base.dtype),
-                gist_positions=positions[is_gist].to(device),
-            )
-        embeddings = raw_embeddings.new_empty(len(entry) + len(pending), self.base.d_model)
-        raw_rows = torch.cat((~is_gist, torch.ones(len(pending), dtype=torch.bool)))
-        embeddings[raw_rows] = raw_embeddings
-        if len(gists):
-            read = self.gistnet.read_embeddings(gists, gist_levels, context.gist_cost)
-            embeddings[~raw_rows] = read.flatten(0, 1).to(embeddings.dtype)
+        rows, gists = self.split(self.layout(context, len(pending), ahead=ahead))
+        embeddings = self.embed(rows, context, pending)
+        positions = rows.positions.to(device)
+        if not len(gists):
+            return ContextInput(embeddings=embeddings, positions=positions)
+        keys, values = self.gist_entries(gists, context)
         return ContextInput(
             embeddings=embeddings,
-            positions=torch.cat((positions, pending_positions)).to(device),
+            positions=positions,
+            gist_keys=keys,
+            gist_values=values,
+            gist_positions=gists.positions.to(device),
         )
+
+    def layout(self, context: WorkingContext, n_pending: int, *, ahead: int = 0) -> RowLayout:
+        """Where everything of :meth:`read` stands; the same arguments and errors."""
+        return RowLayout.of(
+            context, n_pending, self.positions, self.max_positions - n_pending - ahead
+        )
+
+    def split(self, layout: RowLayout) -> tuple[RowLayout, RowLayout]:
+        """What the base computes, and the gists that bring keys and values along."""
+        apart = layout.levels > 0
+        if self.gistnet.config.reader != "kv":
+            apart = torch.zeros_like(apart)
+        return layout[~apart], layout[apart]
+
+    @torch.inference_mode()
+    def embed(self, rows: RowLayout, context: WorkingContext, pending: Tensor) -> Tensor:
+        """Input embeddings ``[rows, d_model]`` of rows of a context, in the order of positions.
+
+        Args:
+            rows: any of those of :meth:`layout`.
+            context: what they are rows of.
+            pending: ``[p]`` int64, tokens behind its cursor.
+        """
+        cursor = context.cursor
+        is_gist = rows.levels > 0
+        tokens = rows.starts[~is_gist]
+        known = self.memory.tokens(0, cursor)[tokens[tokens < cursor]].long()
+        raw = self.base.embed(torch.cat((known, pending.long()[tokens[tokens >= cursor] - cursor])))
+        if not bool(is_gist.any()):
+            return raw
+        gists = rows[is_gist]
+        keys, which = torch.unique_consecutive(
+            node_keys(gists.levels, gists.starts), return_inverse=True
+        )
+        first = torch.searchsorted(which, torch.arange(len(keys)))
+        levels = gists.levels[first]
+        vectors = self._gists(levels, gists.starts[first], context.block_size).to(self.base.device)
+        read = self.gistnet.read_embeddings(vectors, levels.to(self.base.device), context.gist_cost)
+        embeddings = raw.new_empty(len(rows), self.base.d_model)
+        embeddings[~is_gist] = raw
+        embeddings[is_gist] = read[which, gists.slots].to(embeddings.dtype)
+        return embeddings
+
+    @torch.inference_mode()
+    def gist_entries(self, gists: RowLayout, context: WorkingContext) -> tuple[Tensor, Tensor]:
+        """Keys and values of whole gists, for a ``kv`` reader.
+
+        Args:
+            gists: rows of :meth:`layout`, for every gist all its slots.
+            context: what they are rows of.
+
+        Returns:
+            Keys ``[layers, gists, kv_heads, head_dim]``, not rotated, and values ``[layers, gists,
+            kv_heads, value_dim]``, in the dtype of the base.
+        """
+        whole = gists[gists.slots == 0]
+        vectors = self._gists(whole.levels, whole.starts, context.block_size)
+        keys, values = self.gistnet.read_kv(
+            vectors.to(self.base.device), whole.levels.to(self.base.device), context.gist_cost
+        )
+        dtype = self.base.dtype
+        return keys.flatten(1, 2).to(dtype), values.flatten(1, 2).to(dtype)
 
     def gists(self, context: WorkingContext) -> Tensor:
         """``[g, gist_width]`` float32: the gists among the entries, oldest first."""
         chosen = context.levels > 0
-        levels, starts = context.levels[chosen], context.starts[chosen]
+        return self._gists(context.levels[chosen], context.starts[chosen], context.block_size)
+
+    def _gists(self, levels: Tensor, starts: Tensor, block_size: int) -> Tensor:
         gists = torch.empty(len(levels), self.memory.identity.gist_width)
-        for level in range(1, context.top_level + 1):
+        for level in torch.unique(levels).tolist():
             here = levels == level
-            if bool(here.any()):
-                index = starts[here] // context.block_size**level
-                gists[here] = self.memory.gists(level)[index].float()
+            gists[here] = self.memory.gists(level)[starts[here] // block_size**level].float()
         return gists

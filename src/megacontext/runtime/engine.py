@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -25,7 +25,6 @@ from megacontext.memory import Memory, MemoryIdentity, Source
 from megacontext.runtime.answer import Answer, DecodedToken, Looks
 from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.companions import require_fit
-from megacontext.runtime.context_input import ContextInput
 from megacontext.runtime.context_reader import ContextReader
 from megacontext.runtime.focus_allocator import AllocatorConfig, FocusAllocator
 from megacontext.runtime.focus_loop import FocusLoop, FocusRecord
@@ -33,7 +32,7 @@ from megacontext.runtime.focus_policies import FocusPolicy, LexicalPolicy
 from megacontext.runtime.focus_scores import FocusPlan
 from megacontext.runtime.gist_builder import GistBuilder
 from megacontext.runtime.ingest import Ingested, Ingestor, Progress
-from megacontext.runtime.kv_cache import ContextCache
+from megacontext.runtime.reading import KVMode, Reading, new_reading, require_rotation
 from megacontext.runtime.sampling import TokenSampler
 from megacontext.runtime.working_context import PositionPolicy, WorkingContext
 from megacontext.telemetry import Telemetry
@@ -50,6 +49,10 @@ class EngineConfig(FrozenConfig):
         gist_slots: ``S``, entries that a gist is read as and costs; by default all that the GistNet
             gives. Fewer leave room for more spans, each read less exactly.
         positions: ``packed`` or ``timeline``.
+        kv: what an edit costs while an answer is written. ``exact``: everything from the first
+            edited entry on is computed again. ``incremental``: unedited entries keep their keys
+            and values; only what was inserted is computed, and what asks (``query_tokens``).
+        kv_halo: rows behind every inserted one that ``incremental`` computes again, too.
         query_tokens: how many of the newest tokens ask, where there is no prompt.
         refocus_rounds: most rounds before an answer; fewer when a round edits nothing.
         chunk_tokens: most tokens per commit while ingesting.
@@ -61,6 +64,8 @@ class EngineConfig(FrozenConfig):
     tail_tokens: int = Field(default=256, ge=0)
     gist_slots: int | None = Field(default=None, ge=1)
     positions: PositionPolicy = "packed"
+    kv: KVMode = "exact"
+    kv_halo: int = Field(default=0, ge=0)
     query_tokens: int = Field(default=64, ge=1)
     refocus_rounds: int = Field(default=4, ge=1, le=16)
     chunk_tokens: int = Field(default=16_384, ge=32)
@@ -102,16 +107,6 @@ class EngineState:
     swap_rate: float
     residency: float
     utilization: float
-
-
-@dataclass
-class _Reading:
-    """What the base has read for the answer being written."""
-
-    window: WorkingContext
-    context: ContextInput
-    cache: ContextCache
-    logits: Tensor = field(repr=False)
 
 
 class Engine:
@@ -178,6 +173,7 @@ class Engine:
             gist_cost=self.config.gist_slots or self.gistnet.cost,
             query_tokens=self.config.query_tokens,
             keep_records=self.config.keep_records,
+            kv=self.config.kv,
         )
         self._decoded: deque[DecodedToken] = deque(maxlen=self.config.keep_records)
 
@@ -343,20 +339,20 @@ class Engine:
     ) -> Iterator[DecodedToken]:
         size, start = self.memory.identity.block_size, self.memory.n_tokens
         n_prompt = len(answer.said)
-        reading: _Reading | None = None
+        reading = self.new_reading()
         again = False
         for count in range(max_new_tokens):
-            if reading is None or again or count % size == 0:
+            if again or count % size == 0:
                 if remember:
                     self._commit(answer.certain[self.memory.n_tokens - start :])
                 pending = answer.said[self.memory.n_tokens - start :]
-                rounds = self.config.refocus_rounds if reading is None or again else 1
+                rounds = self.config.refocus_rounds if again or not count else 1
                 asked = looks.query
                 asked = None if asked is None else torch.cat((asked, answer.said[n_prompt:]))
-                reading = self._focus_and_read(reading, pending, len(answer.said), rounds, asked)
+                logits = self._focus_and_read(reading, pending, len(answer.said), rounds, asked)
             else:
-                reading.logits = self._step(reading, answer.said[-1:])
-            token = sampler.choose(reading.logits, answer.said)
+                logits = reading.step(answer.said[-1:])
+            token = sampler.choose(logits, answer.said)
             if sampler.is_end(token):
                 break
             yield from answer.push(token, self.focus.state.round)
@@ -406,9 +402,22 @@ class Engine:
             utilization=meter.utilization,
         )
 
+    def new_reading(self) -> Reading:
+        """What an answer is decoded from: nothing is read yet; KV mode as configured."""
+        config = self.config
+        return new_reading(
+            config.kv,
+            self.base,
+            self.reader,
+            halo=config.kv_halo,
+            query_tokens=config.query_tokens,
+        )
+
     def _check_fit(self, lens: LensNet | None) -> None:
         """Refuses models, memory and sizes that do not belong together."""
         base, gists = self.base, self.gistnet.config
+        if self.config.kv == "incremental":
+            require_rotation(base)
         require_fit(self.gistnet, base)
         if (self.config.gist_slots or 1) > gists.slots:
             raise ConfigError(
@@ -441,13 +450,13 @@ class Engine:
 
     def _focus_and_read(
         self,
-        old: _Reading | None,
+        reading: Reading,
         pending: Tensor,
         asking: int,
         rounds: int,
         query: Tensor | None,
-    ) -> _Reading:
-        """Refocuses, then reads what changed; KV ``exact``: recomputed from the first change on."""
+    ) -> Tensor:
+        """Refocuses, then reads what changed; logits ``[vocab]`` of what follows."""
         if self.context.cursor + len(pending) == 0:
             raise InputError("there is nothing to continue: the memory and the prompt are empty")
         reserve, context = len(pending) + self._ahead(), self.context
@@ -466,18 +475,11 @@ class Engine:
                 query=query,
                 reserve=reserve,
                 reason="decode",
-                cached=None if old is None else old.window,
+                cached=reading.window,
             )
             if not any(edit.kind == "expand" for edit in plan.edits):
                 break
-        new = self.reader.read(self.context, pending, ahead=self.memory.identity.block_size)
-        cache = None if old is None else self.base.resume(old.cache, old.context, new)
-        read = self.base.prefill(new, cache, keep=1)
-        return _Reading(self.context, new, read.cache, read.logits[-1])
-
-    def _step(self, reading: _Reading, token: Tensor) -> Tensor:
-        position = reading.cache.positions[-1:] + 1
-        return self.base.step(token, position, reading.cache)[-1]
+        return reading.read(self.context, pending, asking=asking)
 
     def _report_decode(self, start: int, tokens: int, started: float) -> None:
         if self.telemetry.enabled:

@@ -18,6 +18,7 @@ from megacontext.runtime.focus_allocator import FocusAllocator
 from megacontext.runtime.focus_metrics import FocusMeter
 from megacontext.runtime.focus_policies import FocusPolicy, FocusView
 from megacontext.runtime.focus_scores import AllocatorState, Edit, FocusPlan, FocusScores
+from megacontext.runtime.reading import KVMode
 from megacontext.runtime.working_context import WorkingContext
 from megacontext.telemetry import Span, Telemetry
 
@@ -64,6 +65,7 @@ class FocusLoop:
         gist_cost: ``S``.
         query_tokens: how many of the newest tokens ask.
         keep_records: how many records to keep.
+        kv: what the base computes again after an edit, for telemetry.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class FocusLoop:
         gist_cost: int,
         query_tokens: int,
         keep_records: int,
+        kv: KVMode = "exact",
     ) -> None:
         self.base = base
         self.memory = memory
@@ -88,6 +91,7 @@ class FocusLoop:
         self.allocator = allocator
         self.telemetry = telemetry
         self.query_tokens = query_tokens
+        self.kv: KVMode = kv
         self.context = WorkingContext.initial(
             memory.n_tokens,
             block_size=memory.identity.block_size,
@@ -222,16 +226,18 @@ class FocusLoop:
         return self.allocator.make_room(context, unknown, self.state, reserve)
 
     def _recomputed(self, cached: WorkingContext | None, pending: Tensor) -> int:
-        """Rows that exact KV computes anew: those from the first changed entry on."""
-        context, same = self.context, 0
-        if cached is not None:
+        """Rows to compute: from the first changed entry on, or in ``incremental`` the new ones."""
+        context = self.context
+        anew = torch.ones(len(context), dtype=torch.bool)
+        if cached is not None and self.kv == "incremental":
+            anew = ~torch.isin(context.keys, cached.keys)
+        elif cached is not None:
             n = min(len(cached), len(context))
             equal = (cached.spans()[:n] == context.spans()[:n]).all(dim=1)
-            same = int(equal.cumprod(dim=0).sum())
-        levels, costs = context.levels[same:], context.costs[same:]
+            anew[: int(equal.cumprod(dim=0).sum())] = False
         if self.reader.gistnet.config.reader == "kv":
-            costs = costs[levels == 0]
-        return int(costs.sum()) + len(pending)
+            anew &= context.levels == 0
+        return int(context.costs[anew].sum()) + len(pending)
 
     def _report(
         self,

@@ -144,6 +144,7 @@ def attention_mask(
     dtype: torch.dtype,
     gist_valid: Tensor | None = None,
     row_valid: Tensor | None = None,
+    in_order: bool = True,
 ) -> Tensor | dict[str, Tensor]:
     """The explicit additive mask of the last ``n_queries`` rows.
 
@@ -158,6 +159,8 @@ def attention_mask(
         dtype: dtype of the mask: that of the model.
         gist_valid: ``[batch, gists]`` bool; ``False`` marks padding.
         row_valid: ``[batch, rows]`` bool; ``False`` marks padding.
+        in_order: whether the rows stand in the order of their positions, as padding does not. If
+            not, no two have one position, and "before" is what lies at a lower one.
 
     Returns:
         ``[batch, 1, n_queries, gists + rows]``; or, for a model that mixes full and sliding
@@ -166,7 +169,10 @@ def attention_mask(
     queries = positions[:, -n_queries:, None]
     order = torch.arange(positions.shape[1], device=positions.device)
     query_order = order[-n_queries:, None]
-    rows = (order <= query_order)[None].expand(positions.shape[0], -1, -1)
+    if in_order:
+        rows = (order <= query_order)[None].expand(positions.shape[0], -1, -1)
+    else:
+        rows = positions[:, None] <= queries
     if row_valid is not None:
         # Padding sees itself: a query without any key would have no defined attention.
         rows = (rows & row_valid[:, None]) | (order == query_order)

@@ -16,6 +16,7 @@ from megacontext.lensnet import (
     entry_legality,
     span_features,
 )
+from megacontext.memory import KeyIndex, KeyIndexConfig
 from megacontext.runtime.focus_policies import (
     FocusView,
     LexicalPolicy,
@@ -65,13 +66,18 @@ class LensPolicy:
     Args:
         lens: the scorer.
         proposals: most blocks each index proposes.
+        key_index: how keys are searched once they are many.
     """
 
     name = "lens"
 
-    def __init__(self, lens: LensNet, *, proposals: int = 16) -> None:
+    def __init__(
+        self, lens: LensNet, *, proposals: int = 16, key_index: KeyIndexConfig | None = None
+    ) -> None:
         self.lens = lens
         self.proposals = proposals
+        self._key_config = key_index
+        self._keys: KeyIndex | None = None
         self._lexical = LexicalPolicy(proposals=proposals, nats_per_point=1.0)
 
     @torch.inference_mode()
@@ -155,9 +161,13 @@ class LensPolicy:
         if memory.identity.key_width == 0 or not old:
             return nothing.long(), nothing
         queries = self.lens.encode_queries(tail.hidden, tail.mask, view.query[None])
-        relevance = self.lens.relevance(queries, memory.keys(1, 0, old))[0].float()
-        best, blocks = torch.topk(relevance, min(self.proposals, old))
-        return blocks, best
+        # A mean over queries is the product with their mean.
+        asked = queries[0] if self.lens.config.interaction == "max" else queries.mean(dim=1)
+        if self._keys is None or self._keys.memory is not memory:
+            self._keys = KeyIndex(memory, self._key_config)
+        return self._keys.search(
+            asked, self.proposals, old, lambda keys: self.lens.relevance(queries, keys)[0]
+        )
 
     def _vectors(self, view: FocusView, levels: Tensor, starts: Tensor) -> Tensor:
         """Gists ``[n, gist_width]`` of spans: a raw block by its level-1 gist, or zeros."""

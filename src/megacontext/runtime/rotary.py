@@ -72,6 +72,42 @@ class KeyRotation:
         """Undoes :meth:`rotate`; same shapes."""
         return self._turn(keys, positions, last_position, inverse=True)
 
+    def shift(
+        self,
+        keys: Tensor,
+        positions: Tensor,
+        new_positions: Tensor,
+        *,
+        last_position: int | None = None,
+        new_last_position: int | None = None,
+    ) -> Tensor:
+        """Moves rotated keys to other positions, in one rotation by the difference.
+
+        Args:
+            keys: ``[layers, n, kv_heads, head_dim]``, rotated to ``positions``.
+            positions: ``[n]`` int64, where they are.
+            new_positions: ``[n]`` int64, where they shall be.
+            last_position: greatest position of the sequence when they were rotated; see
+                :meth:`rotate`.
+            new_last_position: greatest position of the sequence they become part of.
+
+        Returns:
+            ``[layers, n, kv_heads, head_dim]`` of the dtype of ``keys``. Angles are computed in
+            float32, so that keys lose no more than one rounding each time they move.
+        """
+        if keys.shape[1] == 0:
+            return keys
+        turned = keys.clone()
+        exact = keys[:, :0].float()
+        for layer_type, indices in self._groups.items():
+            cos, sin = self._cos_sin(exact, positions, last_position, layer_type)
+            new_cos, new_sin = self._cos_sin(exact, new_positions, new_last_position, layer_type)
+            scale = cos.square() + sin.square()  # not 1 where the model scales attention
+            by_cos = (new_cos * cos + new_sin * sin) / scale
+            by_sin = (new_sin * cos - new_cos * sin) / scale
+            self._apply_to(turned, keys, indices, by_cos, by_sin)
+        return turned
+
     def _turn(
         self, keys: Tensor, positions: Tensor, last_position: int | None, *, inverse: bool
     ) -> Tensor:
@@ -83,12 +119,18 @@ class KeyRotation:
             if inverse:
                 scale = cos.square() + sin.square()  # not 1 where the model scales attention
                 cos, sin = cos / scale, -sin / scale
-            width = cos.shape[-1]
-            # [layers, heads, n, rotary_dim]: the layout the architecture's function expects
-            part = keys[indices].transpose(1, 2)[..., :width]
-            part = self._apply(part, part, cos, sin)[1]
-            turned[indices, ..., :width] = part.transpose(1, 2).to(keys.dtype)
+            self._apply_to(turned, keys, indices, cos, sin)
         return turned
+
+    def _apply_to(
+        self, turned: Tensor, keys: Tensor, indices: list[int], cos: Tensor, sin: Tensor
+    ) -> None:
+        """Writes the rotated keys of some layers to ``turned``."""
+        width = cos.shape[-1]
+        # [layers, heads, n, rotary_dim]: the layout the architecture's function expects
+        part = keys[indices].transpose(1, 2)[..., :width]
+        part = self._apply(part, part, cos, sin)[1]
+        turned[indices, ..., :width] = part.transpose(1, 2).to(keys.dtype)
 
     def _cos_sin(
         self, keys: Tensor, positions: Tensor, last_position: int | None, layer_type: str

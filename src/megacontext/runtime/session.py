@@ -11,7 +11,7 @@ from pydantic import Field
 from megacontext.config import FrozenConfig
 from megacontext.errors import MegaContextError
 from megacontext.lensnet import LensNet, LensNetConfig
-from megacontext.memory import Memory
+from megacontext.memory import KeyIndexConfig, Memory
 from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.companions import load_gistnet, load_lens
 from megacontext.runtime.engine import Engine, EngineConfig
@@ -40,6 +40,7 @@ class SessionConfig(FrozenConfig):
             model, if it fits the gists; policy ``lens`` without any starts untrained.
         policy: focus policy; ``auto``: ``lens`` where there is a LensNet, else ``lexical``.
         engine: budget and habits.
+        key_index: how the lens's keys are searched once they are many.
         telemetry: JSONL file that every step is written to.
     """
 
@@ -50,6 +51,7 @@ class SessionConfig(FrozenConfig):
     lens: str | Path | None = None
     policy: PolicyName = "auto"
     engine: EngineConfig = EngineConfig()
+    key_index: KeyIndexConfig = KeyIndexConfig()
     telemetry: Path | None = None
 
 
@@ -145,7 +147,8 @@ class Session:
             case "attention":
                 return AttentionPolicy()
             case "lens":
-                return LensPolicy(self._untrained_lens() if self.lens is None else self.lens)
+                lens = self._untrained_lens() if self.lens is None else self.lens
+                return LensPolicy(lens, key_index=self.config.key_index)
 
     def close(self) -> None:
         """Ends the telemetry."""

@@ -12,11 +12,13 @@ import pytest
 
 from megacontext.errors import MemoryLockedError, MemoryStoreError, ReadOnlyMemoryError
 from megacontext.memory import Memory
+from megacontext.memory import lock as lock_module
 from megacontext.memory.lock import WriterLock
 
 HOLD = """
 import sys
 from megacontext.memory import Memory
+from megacontext.memory import lock as lock_module
 memory = Memory.open(sys.argv[1], "a")
 print("open", flush=True)
 sys.stdin.read()
@@ -92,3 +94,22 @@ def test_a_lock_file_that_cannot_be_made_says_why(tmp_path, monkeypatch, number,
     monkeypatch.setattr(os, "open", fail)
     with pytest.raises(error, match="lock"):
         WriterLock.acquire(tmp_path)
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_lock_of_a_memory_that_has_just_gone_is_no_use(make, tmp_path, monkeypatch, replaced):
+    path, other = make().memory.path, make("other.mctx").memory.path
+    (path / "lock").unlink()
+    real = lock_module._lock
+
+    def too_late(descriptor, lock_path):
+        path.rename(tmp_path / "old")
+        if replaced:
+            other.rename(path)
+        real(descriptor, lock_path)
+
+    monkeypatch.setattr(lock_module, "_lock", too_late)
+    with pytest.raises(MemoryLockedError, match="try again"):
+        WriterLock.acquire(path)
+    monkeypatch.undo()
+    WriterLock.acquire(tmp_path / "old").release()

@@ -1,0 +1,71 @@
+"""The comparison of KV modes: it sees a difference where there is one, and none where not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engine_cases import config, learned_gistnet, new_engine, words
+from tiny_models import tiny_base_model
+
+from megacontext.evaluation.kv_modes import compare_on_answers, compare_on_prose, refocus_times
+from megacontext.evaluation.long_questions import LongQuestion
+from megacontext.evaluation.noise import NoiseTokens
+
+
+@pytest.fixture(scope="module")
+def base():
+    return tiny_base_model(max_positions=512)
+
+
+@pytest.fixture(scope="module")
+def net(base):
+    return learned_gistnet(base, slots=2)
+
+
+def question(base, history):
+    return LongQuestion(
+        task="planted",
+        history=base.encode(history),
+        question="Where does the zebra sleep?",
+        answers=("barn",),
+        evidence=((0, 1),),
+        metric="exact",
+    )
+
+
+def prose(base, net, **changes):
+    noise = NoiseTokens(base, [words(3000) + "."])
+    own = config(**changes)
+    return compare_on_prose(base, net, own, noise, history=320, blocks=4, seed="a")
+
+
+def test_prose_without_edits_is_the_same(base, net):
+    compared = prose(base, net, budget=500, tail_tokens=450)
+    assert len(compared) == 3
+    assert all(abs(item.delta) < 1e-4 for item in compared)
+    assert all(item.exact > 1 for item in compared)
+
+
+def test_prose_with_edits_is_not_and_repeats(base, net):
+    compared = prose(base, net)
+    assert any(abs(item.delta) > 1e-4 for item in compared)
+    assert compared == prose(base, net)
+
+
+def test_answers(base, net):
+    asked = question(base, words(700) + " The zebra sleeps in the blue barn. " + words(600, 1))
+    compared = compare_on_answers(base, net, config(budget=320), iter([asked, asked]))
+    assert len(compared) == 2
+    assert compared[0] == compared[1], "each question starts from the coarsest window"
+    assert abs(compared[0].delta) > 1e-5, "the focus must have fetched the evidence"
+
+
+def test_refocus_times(base, net, tmp_path):
+    engine = new_engine(tmp_path, base, gistnet=net, config=config(budget=320))
+    engine.ingest(words(700) + " The zebra sleeps in the blue barn. " + words(600, 1))
+    times = refocus_times(engine, ["xyz", "zebra", "iris kelp"])
+    assert len(times.focus) == len(times.edits) == 2
+    assert times.edits[0] > 0
+    for mode in ("exact", "incremental"):
+        whole = torch.tensor(times.whole(mode)) - torch.tensor(times.read[mode])
+        assert torch.allclose(whole, torch.tensor(times.focus), atol=1e-3)
