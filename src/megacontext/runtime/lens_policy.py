@@ -66,16 +66,24 @@ class LensPolicy:
     Args:
         lens: the scorer.
         proposals: most blocks each index proposes.
+        relative_floor: proposals that score below this share of the best one are not asked for:
+            scores say what a block is worth alone, not how much it distracts beside others.
         key_index: how keys are searched once they are many.
     """
 
     name = "lens"
 
     def __init__(
-        self, lens: LensNet, *, proposals: int = 16, key_index: KeyIndexConfig | None = None
+        self,
+        lens: LensNet,
+        *,
+        proposals: int = 16,
+        relative_floor: float = 0.2,
+        key_index: KeyIndexConfig | None = None,
     ) -> None:
         self.lens = lens
         self.proposals = proposals
+        self.relative_floor = relative_floor
         self._key_config = key_index
         self._keys: KeyIndex | None = None
         self._lexical = LexicalPolicy(proposals=proposals, nats_per_point=1.0)
@@ -89,7 +97,10 @@ class LensPolicy:
         inputs = self.inputs(view)
         scores = self.lens(inputs.entries, inputs.cache, inputs.tail)
         signed = scores.entry[0].float()
-        proposed = proposals_to_scores(context, inputs.blocks, scores.cache[0].float())
+        worth = scores.cache[0].float()
+        if len(worth):
+            worth = worth.masked_fill(worth < self.relative_floor * worth.max(), 0.0)
+        proposed = proposals_to_scores(context, inputs.blocks, worth)
         kept = proposed.entry_utility
         # A gist's score was measured by opening it: that detail is not worth having there is no
         # reason to give up the gist as well.

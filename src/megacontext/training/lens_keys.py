@@ -21,6 +21,8 @@ from megacontext.training.lens_texts import AskedText, LensTexts
 
 # Prose is tokenized once, this many times what a batch takes, and each batch takes some slices.
 _BANKED, _SLICES = 32, 8
+# Relevance of what is no candidate: finite, so that a look without any has a gradient.
+_NOTHING = -1e4
 
 
 class KeyStageConfig(FrozenConfig):
@@ -207,19 +209,24 @@ def relevances(base: BaseModel, gistnet: GistNet, lens: LensNet, batch: KeyBatch
 
 
 def contrastive_loss(relevance: Tensor, batch: KeyBatch) -> Tensor:
-    """InfoNCE (arXiv 1807.03748) with several positives: minus the log share of the evidence."""
-    scores = relevance.masked_fill(~batch.candidates, -torch.inf)
-    found = scores.masked_fill(~batch.evidence, -torch.inf)
-    loss = scores.logsumexp(dim=1) - found.logsumexp(dim=1)
+    """InfoNCE (arXiv 1807.03748), once for every block of a look's evidence.
+
+    A statement that crosses a border is in two blocks, and one of them without the other says
+    nothing; so each has to stand out from what is no evidence by itself.
+    """
+    others = relevance.masked_fill(~batch.candidates | batch.evidence, _NOTHING)
+    against = torch.logaddexp(others.logsumexp(dim=1, keepdim=True), relevance)
+    losses = (against - relevance).masked_fill(~batch.evidence, 0.0)
+    each = losses.sum(dim=1) / batch.evidence.sum(dim=1).clamp(min=1)
     # Statements that all stand in texts' open last blocks leave a batch without looks.
-    return loss.sum() / max(1, len(loss))
+    return each.sum() / max(1, len(each))
 
 
 def recall_at(relevance: Tensor, batch: KeyBatch, k: int) -> Tensor:
-    """``[q]`` bool: whether evidence is among the ``k`` most relevant candidates."""
+    """``[q]`` bool: whether all evidence is among the ``k`` most relevant candidates."""
     scores = relevance.masked_fill(~batch.candidates, -torch.inf)
     best = scores.topk(min(k, scores.shape[1]), dim=1).indices
-    return batch.evidence.gather(1, best).any(dim=1)
+    return batch.evidence.gather(1, best).sum(dim=1) == batch.evidence.sum(dim=1)
 
 
 def weigh_by_rarity(lens: LensNet, texts: Sequence[Tensor], block_size: int) -> None:

@@ -40,7 +40,9 @@ class RecordConfig(FrozenConfig):
         calm: places of a text where nothing is asked and the text just goes on.
         horizon: tokens to come over which worth is measured where nothing is asked.
         proposals: blocks that each index proposes; BM25 adds neighbours of its hits.
-        entries: working entries of a snapshot whose worth is measured, beside all proposals.
+        labelled: proposals of a snapshot whose worth is measured, drawn at random but for those
+            that are known to hold evidence, which come first; 0: all of them.
+        entries: working entries of a snapshot whose worth is measured as well.
     """
 
     sessions: int = Field(default=60, ge=1)
@@ -54,6 +56,7 @@ class RecordConfig(FrozenConfig):
     calm: int = Field(default=2, ge=0)
     horizon: int = Field(default=32, ge=1)
     proposals: int = Field(default=12, ge=1)
+    labelled: int = Field(default=0, ge=0)
     entries: int = Field(default=4, ge=0)
 
     @property
@@ -75,11 +78,15 @@ class RecordConfig(FrozenConfig):
 
 @dataclass(frozen=True, eq=False)
 class _Place:
-    """Where the focus is looked at: what is read behind the history, asked, and to come."""
+    """Where the focus is looked at: what is read behind the history, asked, and to come.
+
+    ``evidence`` are the blocks that are known to tell what comes.
+    """
 
     pending: Tensor
     query: Tensor
     future: Tensor
+    evidence: tuple[int, ...] = ()
 
 
 class LensRecorder:
@@ -168,14 +175,16 @@ class LensRecorder:
 
     def _asked(self, ask: Ask) -> _Place:
         query = self.base.encode(ask.query)[-self.engine.query_tokens :]
-        return _Place(self.base.encode(ask.prompt), query, self.base.encode(ask.target))
+        return _Place(
+            self.base.encode(ask.prompt), query, self.base.encode(ask.target), ask.evidence
+        )
 
     def _look(self, engine: Engine, place: _Place, rng: random.Random) -> Iterator[Snapshot]:
         """Records rounds of refocus, each from where the lens's own plan has led."""
         for _ in range(self.config.rounds):
             view = engine.focus.view(place.pending, query=place.query)
             if len(view.context):
-                yield self._snapshot(view, place.future, rng)
+                yield self._snapshot(view, place, rng)
             plan = engine.focus.refocus(
                 place.pending, query=place.query, reserve=len(place.pending) + len(place.future)
             )
@@ -183,16 +192,19 @@ class LensRecorder:
                 return
 
     @torch.inference_mode()
-    def _snapshot(self, view: FocusView, future: Tensor, rng: random.Random) -> Snapshot:
+    def _snapshot(self, view: FocusView, place: _Place, rng: random.Random) -> Snapshot:
         inputs = self.policy.inputs(view)
         context = view.context
-        worth = Counterfactual(view, future)
+        worth = Counterfactual(view, place.future)
         movable = (context.legal_expand | context.legal_collapse).nonzero()[:, 0].tolist()
         chosen = torch.tensor(
             sorted(rng.sample(movable, min(self.config.entries, len(movable)))), dtype=torch.int64
         )
         entry_utility = torch.full((len(context),), torch.nan)
         entry_utility[chosen] = worth.entries(chosen)
+        labelled = self._labelled(inputs.blocks, place, rng)
+        cache_utility = torch.full((len(inputs.blocks),), torch.nan)
+        cache_utility[labelled] = worth.blocks(inputs.blocks[labelled])
         return Snapshot(
             entry_levels=context.levels.clone(),
             entry_starts=context.starts.clone(),
@@ -205,8 +217,18 @@ class LensRecorder:
             cache_starts=inputs.blocks * context.block_size,
             cache_vectors=inputs.cache.vectors[0].half(),
             cache_features=inputs.cache.features[0],
-            cache_utility=worth.blocks(inputs.blocks),
+            cache_utility=cache_utility,
             tail_hidden=inputs.tail.hidden[0].half(),
             cursor=torch.tensor(context.cursor),
             tail_start=torch.tensor(context.tail_start),
         )
+
+    def _labelled(self, blocks: Tensor, place: _Place, rng: random.Random) -> Tensor:
+        """Indices ``[l]`` of the proposals to measure, ascending."""
+        most = self.config.labelled
+        if not most or len(blocks) <= most:
+            return torch.arange(len(blocks))
+        telling = torch.isin(blocks, torch.tensor(place.evidence, dtype=torch.int64))
+        first = telling.nonzero()[:, 0].tolist()[:most]
+        others = (~telling).nonzero()[:, 0].tolist()
+        return torch.tensor(sorted((*first, *rng.sample(others, most - len(first)))))

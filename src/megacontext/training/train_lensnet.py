@@ -321,11 +321,9 @@ class LensTrainer:
                 newest = self._terms["loss"][-1]
                 if not math.isfinite(newest) or not math.isfinite(norm):
                     raise self._diverged(name, f"the loss is {newest}, its gradient {norm}")
-                if self.step % self.config.log_every == 0 or self.step == steps:
-                    means = {key: sum(seen) / len(seen) for key, seen in self._terms.items()}
-                    self._log({"stage": name, "stage_step": self.step, "rate": rate, **means})
-                    self._terms = {}
                 last = self.step == steps
+                if last or self.step % self.config.log_every == 0:
+                    self._log_terms(name, rate)
                 if measure is not None and (
                     last or self.step % self.config.scores.probe_every == 0
                 ):
@@ -342,6 +340,12 @@ class LensTrainer:
                     parameter.copy_(self._best[key])
         self._best = {}
         self.lens.eval()
+
+    def _log_terms(self, stage: str, rate: float) -> None:
+        """Writes the means of the terms since the last time."""
+        means = {key: sum(seen) / len(seen) for key, seen in self._terms.items()}
+        self._log({"stage": stage, "stage_step": self.step, "rate": rate, **means})
+        self._terms = {}
 
     def _keep_best(self, loss: float, named: Iterable[tuple[str, nn.Parameter]]) -> None:
         if not self._best or loss < self._best_loss:

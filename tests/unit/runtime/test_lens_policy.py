@@ -177,3 +177,16 @@ def test_told_of_attention_it_proposes_what_the_base_attends_to(base, tmp_path):
     assert inputs.blocks.tolist() == best
     covering = context.indices_of(inputs.blocks * K)
     torch.testing.assert_close(inputs.cache.features[0, :, column], mass[covering])
+
+
+def test_what_is_far_below_the_best_is_not_asked_for(base, tmp_path):
+    lens = make_lens(base, lexical_prior=1.0)
+    engine = told(new_engine(tmp_path, base))
+    view = engine.focus.view(base.encode("where does the zebra sleep"))
+    every, some, best = (
+        LensPolicy(lens, relative_floor=floor).score(view).proposal_utility
+        for floor in (0.0, 0.7, 1.0)
+    )
+    assert 0 < (every < 0.7).sum() < len(every)
+    assert torch.equal(some, every.masked_fill(every < 0.7 * every.max(), 0.0))
+    assert best.count_nonzero() == (every == every.max()).sum()

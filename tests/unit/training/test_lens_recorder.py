@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import random
 import tempfile
 
 import pytest
@@ -25,7 +26,7 @@ from megacontext.lensnet import (
 from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.engine import EngineConfig
 from megacontext.tasks.recall_documents import Prose
-from megacontext.training.lens_recorder import LensRecorder, RecordConfig
+from megacontext.training.lens_recorder import LensRecorder, RecordConfig, _Place
 from megacontext.training.lens_texts import LensTexts
 
 K = 32
@@ -115,6 +116,32 @@ def test_what_a_snapshot_holds(base, shots):
         measured = ~shot.entry_utility.isnan()
         assert int(measured.sum()) == CONFIG.entries
         assert (shot.entry_can_expand | shot.entry_can_collapse)[measured].all()
+
+
+def test_of_many_proposals_evidence_and_a_few_others_are_measured(base, texts, shots):
+    few = CONFIG.model_copy(update={"labelled": 2})
+    recorder = make_recorder(base, texts, config=few)
+    measured = 0
+    for shot in recorder.session(0):
+        known = ~shot.cache_utility.isnan()
+        assert int(known.sum()) == min(2, len(known))
+        measured += int((~known).sum())
+    assert measured, "some are left out"
+    whole = next(iter(recorder.session(0)))
+    known = ~whole.cache_utility.isnan()
+    assert torch.equal(whole.cache_starts, shots[0].cache_starts)
+    torch.testing.assert_close(whole.cache_utility[known], shots[0].cache_utility[known])
+
+    def labelled(evidence, most):
+        place = _Place(torch.empty(0), torch.empty(0), torch.empty(0), evidence)
+        limited = make_recorder(base, texts, config=CONFIG.model_copy(update={"labelled": most}))
+        drawn = limited._labelled(torch.tensor([3, 5, 8, 9]), place, random.Random(0))
+        return drawn.tolist()
+
+    assert {3, 1} <= set(labelled((5, 9, 70), 3)), "evidence comes first"
+    assert labelled((5, 9, 70), 1) == [1]
+    assert labelled((), 0) == labelled((), 4) == [0, 1, 2, 3]
+    assert len(set(labelled((), 3))) == 3
 
 
 def test_calm_places_come_first_and_ask_with_the_newest_tokens(base, texts, recorder, shots):

@@ -37,9 +37,8 @@ SHORT = {
                 "horizon": 4, "proposals": 2, "entries": 1}],
     "scores": {"steps": 2, "batch_size": 2},
 }  # fmt: skip
-# Every life of the run ends by SIGKILL at another place: within the keys, two steps behind a
-# checkpoint; within the second part of a recording; within the scores; after the scores were
-# calibrated and before that was saved.
+# Every life of the run ends by SIGKILL at another place: within the keys, behind a checkpoint; within
+# a recording; within the scores; after these were calibrated and before that was saved.
 KILLED_RUN = """
 import json, os, signal, sys
 from pathlib import Path
@@ -209,9 +208,8 @@ def test_a_finished_run_is_only_exported_again(straight, folder):
     copy_run(straight, folder)
     before = checkpoint(folder).read_bytes()
     assert trainer_of(folder).run() == folder / "run" / "lensnet"
-    exported = [load_file(f / "run/lensnet/model.safetensors") for f in (folder, straight)]
-    for name, value in exported[0].items():
-        assert torch.equal(value, exported[1][name]), name
+    again, first = (load_file(f / "run/lensnet/model.safetensors") for f in (folder, straight))
+    assert all(torch.equal(value, first[name]) for name, value in again.items())
     assert checkpoint(folder).read_bytes() == before
 
 
@@ -237,8 +235,7 @@ def test_a_run_started_anew_does_not_learn_from_another_lens(folder):
     (stale / "shard-00000.safetensors").write_bytes(b"of another lens")
     checkpoint(folder).unlink()
     LensTrainer(config).run()
-    for name, value in load_file(checkpoint(folder)).items():
-        assert torch.equal(value, first[name]), name
+    assert all(torch.equal(v, first[n]) for n, v in load_file(checkpoint(folder)).items())
 
 
 def test_fewer_steps_than_were_made_are_refused(folder):
@@ -317,29 +314,21 @@ def test_training_lowers_the_loss_of_both_stages(folder):
 
 def test_the_weights_with_the_lowest_held_out_loss_are_kept(straight, folder):
     copy_run(straight, folder)
-    rates = tiny_lens_run(folder)["score_optimizer"] | {"adam_lr": 1.0, "muon_lr": 1.0}
-    scores = {"steps": 6, "batch_size": 4, "probe_every": 2}
-    trainer = trainer_of(folder, scores=scores, score_optimizer=rates)
-    trainer.step, seen, kept = 0, [], []
-    measured = iter([3.0, 2.0, 5.0, 4.0])
-
-    def weights():
-        return {n: p.detach().clone() for n, p in trainer.lens.named_parameters()}
+    trainer = trainer_of(folder, scores={"steps": 6, "batch_size": 4, "probe_every": 2})
+    trainer.step, seen, measured = 0, [], iter([3.0, 2.0, 5.0, 4.0])
+    batch = collate(trainer._snapshots(1)[1])
 
     def measure():
-        seen.append((trainer.step, weights()))
+        seen.append([p.detach().clone() for p in trainer.lens.parameters()])
         return next(measured)
 
-    _, held_out = trainer._snapshots(1)
-
     def loss():
-        return vars(score_loss(trainer.lens, collate(held_out), ScoreLossConfig()))
+        return vars(score_loss(trainer.lens, batch, ScoreLossConfig()))
 
     trainer._fit("scores", [trainer.lens], 6, trainer.config.score_optimizer, loss, measure)
-    kept = weights()
-    assert [step for step, _ in seen] == [0, 2, 4, 6]
-    assert all(torch.equal(kept[name], value) for name, value in seen[1][1].items())
-    assert any(not torch.equal(kept[name], value) for name, value in seen[3][1].items())
+    kept = list(trainer.lens.parameters())
+    alike = [all(map(torch.equal, weights, kept)) for weights in seen]
+    assert alike == [False, True, False, False], "before step 1, then every two steps"
 
 
 def test_scores_are_calibrated_to_nats(straight, folder):
