@@ -14,7 +14,7 @@ from megacontext.cli import output
 
 SHORT = ["--set", "max_characters=20000", "facts=3", "nll_points=4"]
 SHORTER = ["--set", "facts=1", "nll_points=1", "frames=4", "max_new_tokens=2"]
-ARMS = {"megacontext", "window", "recency", "oracle"}
+ARMS = {"megacontext", "lexical", "window", "recency", "oracle"}
 
 
 class Addresses(HTMLParser):

@@ -125,15 +125,7 @@ class LexicalPolicy:
             return found, points
         kept = points >= self.relative_floor * points[0]
         found, points = found[kept], points[kept]
-        before, after = self.neighbour_share
-        blocks = torch.cat((found, found - 1, found + 1))
-        utility = torch.cat((points, points * before, points * after)) * self.nats_per_point
-        inside = (blocks >= 0) & (blocks < n_blocks)
-        blocks, utility = blocks[inside], utility[inside]
-        unique, where = torch.unique(blocks, return_inverse=True)
-        best = torch.zeros(len(unique)).scatter_reduce(0, where, utility, "amax")
-        order = torch.argsort(best, descending=True, stable=True)
-        return unique[order], best[order]
+        return spread(found, points * self.nats_per_point, self.neighbour_share, n_blocks)
 
     def _telling(self, memory: Memory, text: str) -> str:
         """The words of a query that tell blocks apart; the rest would drown them."""
@@ -167,6 +159,30 @@ class AttentionPolicy:
         return FocusScores(
             nothing.long(), nothing, utility, utility.masked_fill(context.levels == 0, 0.0)
         )
+
+
+def spread(
+    blocks: Tensor, utility: Tensor, share: tuple[float, float], n_blocks: int
+) -> tuple[Tensor, Tensor]:
+    """Lends shares of each block's utility to its neighbours: a statement may cross a border.
+
+    Args:
+        blocks: ``[m]`` int64.
+        utility: ``[m]`` float32, not negative.
+        share: what the block before and the block behind get.
+        n_blocks: blocks of the history.
+
+    Returns:
+        Blocks, each once, and the highest utility of each, best first.
+    """
+    before, after = share
+    each = torch.cat((blocks, blocks - 1, blocks + 1))
+    values = torch.cat((utility, utility * before, utility * after))
+    inside = (each >= 0) & (each < n_blocks)
+    unique, where = torch.unique(each[inside], return_inverse=True)
+    best = torch.zeros(len(unique)).scatter_reduce(0, where, values[inside], "amax")
+    order = torch.argsort(best, descending=True, stable=True)
+    return unique[order], best[order]
 
 
 def entry_attention(view: FocusView, query_rows: int) -> Tensor:

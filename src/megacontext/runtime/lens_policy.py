@@ -22,6 +22,7 @@ from megacontext.runtime.focus_policies import (
     LexicalPolicy,
     entry_attention,
     proposals_to_scores,
+    spread,
 )
 from megacontext.runtime.focus_scores import FocusScores
 from megacontext.runtime.working_context import WorkingContext
@@ -66,8 +67,10 @@ class LensPolicy:
     Args:
         lens: the scorer.
         proposals: most blocks each index proposes.
-        relative_floor: proposals that score below this share of the best one are not asked for:
+        relative_floor: what scores below this share of the best proposal is not asked for:
             scores say what a block is worth alone, not how much it distracts beside others.
+        neighbour_share: of a proposal's score that the block before it and the one behind it get at
+            least, as with BM25.
         key_index: how keys are searched once they are many.
     """
 
@@ -79,11 +82,13 @@ class LensPolicy:
         *,
         proposals: int = 16,
         relative_floor: float = 0.2,
+        neighbour_share: tuple[float, float] = (0.5, 0.8),
         key_index: KeyIndexConfig | None = None,
     ) -> None:
         self.lens = lens
         self.proposals = proposals
         self.relative_floor = relative_floor
+        self.neighbour_share = neighbour_share
         self._key_config = key_index
         self._keys: KeyIndex | None = None
         self._lexical = LexicalPolicy(proposals=proposals, nats_per_point=1.0)
@@ -97,10 +102,9 @@ class LensPolicy:
         inputs = self.inputs(view)
         scores = self.lens(inputs.entries, inputs.cache, inputs.tail)
         signed = scores.entry[0].float()
-        worth = scores.cache[0].float()
-        if len(worth):
-            worth = worth.masked_fill(worth < self.relative_floor * worth.max(), 0.0)
-        proposed = proposals_to_scores(context, inputs.blocks, worth)
+        blocks, worth = self._asked_for(context, inputs.blocks, scores.cache[0].float())
+        least = self.relative_floor * float(worth[0]) if len(worth) else 0.0
+        proposed = proposals_to_scores(context, blocks, worth)
         kept = proposed.entry_utility
         # A gist's score was measured by opening it: that detail is not worth having there is no
         # reason to give up the gist as well.
@@ -109,8 +113,18 @@ class LensPolicy:
             proposal_blocks=proposed.proposal_blocks,
             proposal_utility=proposed.proposal_utility,
             entry_utility=torch.where(kept > 0, kept, harm),
-            expand_utility=signed.clamp(min=0.0),
+            expand_utility=signed.masked_fill(signed < least, 0.0).clamp(min=0.0),
         )
+
+    def _asked_for(
+        self, context: WorkingContext, blocks: Tensor, worth: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Proposals with their neighbours; what is far below the best one counts nothing."""
+        n_old = context.raw_start // context.block_size
+        blocks, worth = spread(blocks, worth.clamp(min=0.0), self.neighbour_share, n_old)
+        if len(worth):
+            worth = worth.masked_fill(worth < self.relative_floor * worth[0], 0.0)
+        return blocks, worth
 
     def inputs(self, view: FocusView) -> LensInputs:
         """What the lens is given for a view of at least one entry."""

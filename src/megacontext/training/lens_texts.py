@@ -21,9 +21,11 @@ from megacontext.tasks.vocabulary import Split
 
 _CHARS_PER_TOKEN = 3.3
 _STORIES = ("qa1", "qa2", "qa3", "qa5")
-# How soon a text has its story, and how many questions that is asked about at most.
-_STORY_SHARE, _STORY_QUESTIONS = 0.5, 6
+# How soon a text has one more story, how many at most, and how many questions one is asked about.
+_STORY_SHARE, _STORIES_AT_MOST, _STORY_QUESTIONS = 0.6, 4, 6
 _NOTE = re.compile(r"[^.]*\.")
+_WORD = re.compile(r"\w+")
+_THING = re.compile(r"\bthe (\w+)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,18 +145,35 @@ class LensTexts:
         counts = [0] * len(draws)
         themes: list[Theme] = []
         left = facts
-        # One theme of a kind, and one story: two could say different things of one subject.
+        # One theme of a kind: two could say different things of one subject.
         while left > 0:
-            if not themes and rng.random() < _STORY_SHARE:
+            if len(themes) < _STORIES_AT_MOST and rng.random() < _STORY_SHARE:
                 kind = rng.choice(_STORIES)
                 count = rng.randint(2, 10 if kind == "qa1" else 24)
-                themes.append(StoryWorld(rng, self.split).story(kind, count, _STORY_QUESTIONS))
+                story = StoryWorld(rng, self.split).story(kind, count, _STORY_QUESTIONS)
+                if not any(_share_names(story, other) for other in themes):
+                    themes.append(story)
             else:
                 count = rng.randint(1, min(6, left))
                 counts[rng.choices(range(len(draws)), weights)[0]] += count
             left -= count
         themes += [draw(count) for (_, draw), count in zip(draws, counts, strict=True) if count]
         return themes
+
+
+def _share_names(first: Theme, second: Theme) -> bool:
+    """Whether a person or a thing that one story is asked about is named in the other."""
+    return any(
+        not _subjects(one).isdisjoint(_WORD.findall(" ".join(other.statements)))
+        for one, other in ((first, second), (second, first))
+    )
+
+
+def _subjects(story: Theme) -> set[str]:
+    """The people of a story, who begin its sentences, and the things it is asked about."""
+    people = {statement.split()[0] for statement in story.statements}
+    things = {found[1] for asked in story.questions if (found := _THING.search(asked.text))}
+    return people | things
 
 
 def _looks(

@@ -47,9 +47,17 @@ def test_untrained_it_ranks_by_bm25(base, tmp_path):
     lens = make_lens(base, lexical_prior=1.0)
     engine = told(new_engine(tmp_path, base))
     view = engine.focus.view(base.encode("where does the zebra sleep"))
-    scores = LensPolicy(lens).score(view).check(view.context)
+    scores = LensPolicy(lens, relative_floor=0.0).score(view).check(view.context)
     blocks, points = LexicalPolicy(proposals=16).search(view)
-    assert ranked(scores.proposal_blocks, scores.proposal_utility) == ranked(blocks, points)
+    best = ranked(scores.proposal_blocks, scores.proposal_utility)[: len(blocks)]
+    assert best[:2] == ranked(blocks, points)[:2]
+    found = dict(
+        zip(scores.proposal_blocks.tolist(), scores.proposal_utility.tolist(), strict=True)
+    )
+    # What BM25 says, as a share of its best, or what a better neighbour lends.
+    for block, share in zip(blocks.tolist(), (points / points.max()).tolist(), strict=True):
+        lent = max(found.get(block + 1, 0.0) * 0.5, found.get(block - 1, 0.0) * 0.8)
+        assert found[block] == pytest.approx(max(share, lent))
     assert float(scores.proposal_utility.max()) == pytest.approx(1.0)
     assert not scores.entry_utility.any()
     assert not scores.expand_utility.any()
@@ -125,7 +133,7 @@ def test_keys_propose_blocks(base, tmp_path):
     query = base.encode("qqqq xxxx")  # no word of the history
     assert not len(policy.score(plain.focus.view(query)).proposal_blocks)
     view = keyed.focus.view(query)
-    found = policy.score(view).proposal_blocks.tolist()
+    found = policy.inputs(view).blocks.tolist()
     hidden = base.features(query).float()[None]
     queries = lens.encode_queries(hidden, torch.ones(1, len(query), dtype=torch.bool))
     keys = keyed.memory.keys(1, 0, view.n_proposable).float()
@@ -184,9 +192,28 @@ def test_what_is_far_below_the_best_is_not_asked_for(base, tmp_path):
     engine = told(new_engine(tmp_path, base))
     view = engine.focus.view(base.encode("where does the zebra sleep"))
     every, some, best = (
-        LensPolicy(lens, relative_floor=floor).score(view).proposal_utility
+        LensPolicy(lens, relative_floor=floor, neighbour_share=(0.0, 0.0))
+        .score(view)
+        .proposal_utility
         for floor in (0.0, 0.7, 1.0)
     )
     assert 0 < (every < 0.7).sum() < len(every)
     assert torch.equal(some, every.masked_fill(every < 0.7 * every.max(), 0.0))
     assert best.count_nonzero() == (every == every.max()).sum()
+
+
+def test_neighbours_of_what_is_asked_for_are_asked_for_as_well(base, tmp_path):
+    lens = make_lens(base, lexical_prior=1.0)
+    engine = told(new_engine(tmp_path, base))
+    view = engine.focus.view(base.encode("where does the zebra sleep"))
+    alone, lent = (
+        LensPolicy(lens, relative_floor=0.0, neighbour_share=share).score(view)
+        for share in ((0.0, 0.0), (0.25, 0.75))
+    )
+    before = dict(zip(alone.proposal_blocks.tolist(), alone.proposal_utility.tolist(), strict=True))
+    after = dict(zip(lent.proposal_blocks.tolist(), lent.proposal_utility.tolist(), strict=True))
+    assert set(before) == set(after)
+    for block, utility in after.items():
+        shares = (before[block], before.get(block + 1, 0.0) / 4, before.get(block - 1, 0.0) * 0.75)
+        assert utility == pytest.approx(max(shares))
+    assert after != before

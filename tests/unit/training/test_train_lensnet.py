@@ -37,8 +37,8 @@ SHORT = {
                 "horizon": 4, "proposals": 2, "entries": 1}],
     "scores": {"steps": 2, "batch_size": 2},
 }  # fmt: skip
-# Every life of the run ends by SIGKILL at another place: within the keys, behind a checkpoint; within
-# a recording; within the scores; after these were calibrated and before that was saved.
+# Every life of the run ends by SIGKILL at another place: within the keys, a recording, within
+# the scores, and after these were calibrated but before that was saved.
 KILLED_RUN = """
 import json, os, signal, sys
 from pathlib import Path
