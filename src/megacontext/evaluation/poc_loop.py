@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from megacontext.evaluation.demo import DemoConfig, read_book
 from megacontext.memory import Source
 from megacontext.runtime.engine import Engine
 from megacontext.runtime.focus_loop import FocusRecord
+from megacontext.runtime.recording import SessionRecording
 from megacontext.runtime.session import Session, SessionConfig
 from megacontext.tasks.documents import QUESTION_TEMPLATE
 from megacontext.tasks.fact_themes import FactThemes
@@ -32,6 +34,8 @@ class PocLoopConfig(FrozenConfig):
         log_every: refocuses between two lines of the log; a refocus of a question is always shown.
         max_new_tokens: most tokens of an answer.
         seed: of the facts and their places.
+        record: file that the session is written to, content and all, for ``tools.replay_session``;
+            none if not given.
     """
 
     session: SessionConfig = SessionConfig()
@@ -41,6 +45,7 @@ class PocLoopConfig(FrozenConfig):
     log_every: int = Field(default=16, ge=1)
     max_new_tokens: int = Field(default=16, ge=1)
     seed: int = 0
+    record: Path | None = None
 
 
 def run_poc_loop(config: PocLoopConfig, say: Callable[[str], None]) -> dict[str, Any]:
@@ -60,24 +65,37 @@ def run_poc_loop(config: PocLoopConfig, say: Callable[[str], None]) -> dict[str,
     with (
         Session(config.session) as session,
         tempfile.TemporaryDirectory(prefix="megacontext-poc-") as folder,
+        _opened(session, Path(folder) / "poc.mctx", config.record) as (engine, speaker),
     ):
-        engine = session.create(Path(folder) / "poc.mctx")
+        say(f"budget {config.session.engine.budget}, policy {engine.focus.policy.name}")
+        edits = 0
+        for record in speaker.stream(text, Source(uri="poc:text")):
+            edits += len(record.edits)
+            if record.round % config.log_every == 0:
+                _log_record(record, say)
+        for fact in facts:
+            prompt = QUESTION_TEMPLATE.format(question=fact.question)
+            answer = speaker.ask(
+                prompt, max_new_tokens=config.max_new_tokens, stop="\n", query=fact.question
+            ).strip()
+            _log_record(engine.focus.records[-1], say)
+            say(f"asked {fact.question!r}: {answer!r}, expected {fact.answer!r}")
+            asked.append({"question": fact.question, "answer": answer, "expected": fact.answer})
+        return {"answers": asked, "edits": edits, "state": _state(engine)}
+
+
+@contextmanager
+def _opened(
+    session: Session, memory: Path, record: Path | None
+) -> Generator[tuple[Engine, Engine | SessionRecording]]:
+    """An engine over a new memory, and what to call: itself, or its recording."""
+    if record is None:
+        engine = session.create(memory)
         with engine.memory:
-            say(f"budget {config.session.engine.budget}, policy {engine.focus.policy.name}")
-            edits = 0
-            for record in engine.stream(text, Source(uri="poc:text")):
-                edits += len(record.edits)
-                if record.round % config.log_every == 0:
-                    _log_record(record, say)
-            for fact in facts:
-                prompt = QUESTION_TEMPLATE.format(question=fact.question)
-                answer = engine.ask(
-                    prompt, max_new_tokens=config.max_new_tokens, stop="\n", query=fact.question
-                ).strip()
-                _log_record(engine.focus.records[-1], say)
-                say(f"asked {fact.question!r}: {answer!r}, expected {fact.answer!r}")
-                asked.append({"question": fact.question, "answer": answer, "expected": fact.answer})
-            return {"answers": asked, "edits": edits, "state": _state(engine)}
+            yield engine, engine
+    else:
+        with SessionRecording(session, memory, record) as recording:
+            yield recording.engine, recording
 
 
 def _state(engine: Engine) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class LensPolicy:
         lens: LensNet,
         *,
         proposals: int = 16,
-        relative_floor: float = 0.2,
+        relative_floor: float = 0.45,
         neighbour_share: tuple[float, float] = (0.5, 0.8),
         key_index: KeyIndexConfig | None = None,
     ) -> None:

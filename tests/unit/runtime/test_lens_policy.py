@@ -217,3 +217,16 @@ def test_neighbours_of_what_is_asked_for_are_asked_for_as_well(base, tmp_path):
         shares = (before[block], before.get(block + 1, 0.0) / 4, before.get(block - 1, 0.0) * 0.75)
         assert utility == pytest.approx(max(shares))
     assert after != before
+
+
+def test_gists_far_below_the_best_proposal_are_not_opened(base, tmp_path):
+    lens = make_lens(base, seed=2, lexical_prior=8.0)
+    engine = told(new_engine(tmp_path, base, lens=lens))
+    engine.focus.context = engine.context.reveal(3).check(budget=False)
+    view = engine.focus.view(base.encode("where does the zebra sleep"))
+    free = LensPolicy(lens, relative_floor=0.0).score(view)
+    wanted, best = free.expand_utility, float(free.proposal_utility.max())
+    floor = float(wanted[wanted > 0].median()) / best
+    held = LensPolicy(lens, relative_floor=floor).score(view).expand_utility
+    assert 0 < held.count_nonzero() < wanted.count_nonzero()
+    assert torch.equal(held, wanted.masked_fill(wanted < floor * best, 0.0))
