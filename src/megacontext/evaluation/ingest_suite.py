@@ -17,7 +17,7 @@ from megacontext.evaluation.demo import DemoConfig, read_book
 from megacontext.evaluation.metrics import Estimate
 from megacontext.memory import Memory
 from megacontext.runtime.base_model import BaseModel
-from megacontext.runtime.companions import load_gistnet
+from megacontext.runtime.companions import load_gistnet, load_lens
 from megacontext.runtime.engine import Engine, EngineConfig
 
 
@@ -27,6 +27,7 @@ class IngestSuiteConfig(FrozenConfig):
     Attributes:
         model: base model.
         gistnet: GistNet checkpoint, ``bundled`` or ``mean``, which is the default.
+        lens: LensNet checkpoint, or ``none``; the one bundled with the model, if it fits the gists.
         tokens: how many tokens, at least.
         warm_tokens: memory growth counts from here on.
         engine: budget and habits.
@@ -35,6 +36,7 @@ class IngestSuiteConfig(FrozenConfig):
 
     model: str = "bundled:tiny"
     gistnet: str | Path | None = None
+    lens: str | Path | None = None
     tokens: int = Field(default=1_000_000, ge=1_000)
     warm_tokens: int = Field(default=100_000, ge=1)
     engine: EngineConfig = EngineConfig()
@@ -74,8 +76,9 @@ def run_ingest_suite(
                 progress(count)
 
         gistnet = load_gistnet(config.gistnet, base, config.model)
-        with Memory.create(path, Engine.identity(base, gistnet)) as memory:
-            engine = Engine(base, memory, gistnet=gistnet, config=config.engine)
+        lens = load_lens(config.lens, base, gistnet, config.model)
+        with Memory.create(path, Engine.identity(base, gistnet, lens)) as memory:
+            engine = Engine(base, memory, gistnet=gistnet, lens=lens, config=config.engine)
             started = time.perf_counter()
             engine.ingest(endless_prose(config, base), progress=on_commit)
             seconds = time.perf_counter() - started
