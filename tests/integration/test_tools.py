@@ -41,7 +41,7 @@ def test_the_poc_loop_tells_its_edits():
     assert result["edits"] > 0
     assert result["state"]["budget"] == 512
     assert result["state"]["cost"] <= 512
-    assert done.err.startswith("budget 512, policy lexical\n")
+    assert done.err.startswith("budget 512, policy lens\n")
     assert "expand L1" in done.err
     assert "collapse L1" in done.err
     assert "asked " in done.err
