@@ -23,8 +23,8 @@ from megacontext.runtime.companions import load_gistnet, load_lens
 from megacontext.runtime.engine import Engine, EngineConfig
 from megacontext.runtime.focus_loop import FocusRecord
 from megacontext.runtime.focus_policies import FocusPolicy, LexicalPolicy, RecencyPolicy
-from megacontext.runtime.lens_policy import LensPolicy
 from megacontext.runtime.oracle_policy import OraclePolicy
+from megacontext.runtime.policy_names import make_policy
 from megacontext.tasks.documents import QUESTION_TEMPLATE, Theme, final_answer
 from megacontext.tasks.fact_themes import FactThemes
 from megacontext.tasks.planting import PlantedFact, plant
@@ -149,7 +149,7 @@ class Demo:
         self.gistnet = load_gistnet(config.gistnet, base, config.model)
         self.lens = load_lens(config.lens, base, self.gistnet, config.model)
         self.memory = Memory.create(memory_path, Engine.identity(base, self.gistnet, self.lens))
-        self.engine = self._engine(LexicalPolicy() if self.lens is None else LensPolicy(self.lens))
+        self.engine = self._engine(make_policy("auto", self.lens))
         self.window = SlidingWindow(base, self.memory, config.engine.budget)
 
     def run(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megacontext.errors import ConfigError
+from megacontext.evaluation.figures import svg_pyplot
 from megacontext.evaluation.focus_questions import FOCUS_KINDS
 
 Results = Mapping[str, Mapping[str, Any]]
@@ -172,16 +171,7 @@ def _cell(result: Mapping[str, Any] | None) -> str:
 
 def _draw(results: Results, path: Path) -> None:
     """One panel a kind, one line a policy."""
-    try:
-        matplotlib: Any = importlib.import_module("matplotlib")
-    except ImportError:
-        raise ConfigError(
-            "the report needs matplotlib; install the extra `megacontext[train]`"
-        ) from None
-    matplotlib.use("Agg")
-    # Text stays text, and the file is the same on every run.
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "megacontext"})
-    pyplot: Any = importlib.import_module("matplotlib.pyplot")
+    pyplot = svg_pyplot()
     kinds, lengths, policies = _axes(results, "accuracy")
     columns = min(3, len(kinds))
     rows = -(-len(kinds) // columns)

@@ -37,13 +37,10 @@ from megacontext.evaluation.noise import NoiseTokens
 from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.companions import load_gistnet, load_lens
 from megacontext.runtime.focus_policies import (
-    AttentionPolicy,
     FocusPolicy,
-    LexicalPolicy,
-    RecencyPolicy,
 )
-from megacontext.runtime.lens_policy import LensPolicy
 from megacontext.runtime.plain_decode import decode_plain, raw_context
+from megacontext.runtime.policy_names import make_policy
 from megacontext.runtime.sampling import TokenSampler
 from megacontext.telemetry import Telemetry
 
@@ -253,17 +250,9 @@ class _FocusSuite:
 
 def _policy(models: Models, name: FocusPolicyName) -> FocusPolicy:
     """A policy that need not be told anything."""
-    match name:
-        case "recency":
-            return RecencyPolicy()
-        case "lexical":
-            return LexicalPolicy()
-        case "attention":
-            return AttentionPolicy()
-        case "lens" if models.lens is not None:
-            return LensPolicy(models.lens)
-        case _:
-            raise InvariantError(f"policy {name!r} cannot be made without being told more")
+    if name == "oracle":
+        raise InvariantError("an oracle cannot be made without being told more")
+    return make_policy(name, models.lens)
 
 
 def _asked_policy(models: Models, name: FocusPolicyName, question: FocusQuestion) -> FocusPolicy:

@@ -17,8 +17,8 @@ from megacontext.evaluation.demo import DemoConfig, read_book
 from megacontext.evaluation.metrics import Estimate
 from megacontext.memory import Memory
 from megacontext.runtime.base_model import BaseModel
-from megacontext.runtime.companions import load_gistnet, load_lens
-from megacontext.runtime.engine import Engine, EngineConfig
+from megacontext.runtime.engine import EngineConfig
+from megacontext.runtime.session import Session, SessionConfig
 
 
 class IngestSuiteConfig(FrozenConfig):
@@ -60,9 +60,14 @@ def run_ingest_suite(
         config: the suite.
         progress: called with the tokens of every commit.
     """
-    base = BaseModel.from_pretrained(config.model)
     process = psutil.Process()
-    with tempfile.TemporaryDirectory(prefix="megacontext-ingest-") as folder:
+    models = SessionConfig(
+        model=config.model, gistnet=config.gistnet, lens=config.lens, engine=config.engine
+    )
+    with (
+        Session(models) as session,
+        tempfile.TemporaryDirectory(prefix="megacontext-ingest-") as folder,
+    ):
         path = Path(folder) / "ingest.mctx"
         taken = 0
         resident: list[int] = []
@@ -75,12 +80,10 @@ def run_ingest_suite(
             if progress is not None:
                 progress(count)
 
-        gistnet = load_gistnet(config.gistnet, base, config.model)
-        lens = load_lens(config.lens, base, gistnet, config.model)
-        with Memory.create(path, Engine.identity(base, gistnet, lens)) as memory:
-            engine = Engine(base, memory, gistnet=gistnet, lens=lens, config=config.engine)
+        engine = session.create(path)
+        with engine.memory as memory:
             started = time.perf_counter()
-            engine.ingest(endless_prose(config, base), progress=on_commit)
+            engine.ingest(endless_prose(config, session.base), progress=on_commit)
             seconds = time.perf_counter() - started
             tokens = memory.n_tokens
             per_token = memory.stats()["bytes_per_token"]

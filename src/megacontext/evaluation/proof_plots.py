@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megacontext.errors import ConfigError
+from megacontext.evaluation.figures import svg_pyplot
 from megacontext.evaluation.proof_config import MAIN, tokens_of
 from megacontext.evaluation.proof_line import ProofLine
 
@@ -31,7 +30,7 @@ def draw_all(line: ProofLine, folder: Path) -> dict[str, Path]:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    pyplot = _pyplot()
+    pyplot = svg_pyplot()
     folder.mkdir(parents=True, exist_ok=True)
     pictures: dict[str, Callable[[Any, ProofLine], Any]] = {
         "accuracy": _accuracy,
@@ -47,19 +46,6 @@ def draw_all(line: ProofLine, folder: Path) -> dict[str, Path]:
             figure.savefig(drawn[name], metadata={"Date": None})
             pyplot.close(figure)
     return drawn
-
-
-def _pyplot() -> Any:
-    try:
-        matplotlib: Any = importlib.import_module("matplotlib")
-    except ImportError:
-        raise ConfigError(
-            "the report needs matplotlib; install the extra `megacontext[train]`"
-        ) from None
-    matplotlib.use("Agg")
-    # Text stays text, and the file is the same on every run.
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "megacontext"})
-    return importlib.import_module("matplotlib.pyplot")
 
 
 def _accuracy(pyplot: Any, line: ProofLine) -> Any:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megacontext.errors import ConfigError
+from megacontext.evaluation.figures import svg_pyplot
 
 _COLUMNS = (
     ("ΔNLL", "delta_nll"),
@@ -105,16 +104,7 @@ def _cell(result: Mapping[str, Any]) -> str:
 
 def _draw(results: Results, path: Path, horizon: int) -> None:
     """Bars of NLL by variant, one group a window shape."""
-    try:
-        matplotlib: Any = importlib.import_module("matplotlib")
-    except ImportError:
-        raise ConfigError(
-            "the report needs matplotlib; install the extra `megacontext[train]`"
-        ) from None
-    matplotlib.use("Agg")
-    # Text stays text, and the file is the same on every run.
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "megacontext"})
-    pyplot: Any = importlib.import_module("matplotlib.pyplot")
+    pyplot = svg_pyplot()
     shapes = _shapes(results, horizon)
     figure, axes = pyplot.subplots(figsize=(1.6 + 1.1 * len(shapes), 4), layout="constrained")
     width = 0.8 / len(_VARIANTS)

@@ -102,9 +102,11 @@ class LensPolicy:
         inputs = self.inputs(view)
         scores = self.lens(inputs.entries, inputs.cache, inputs.tail)
         signed = scores.entry[0].float()
-        blocks, worth = self._asked_for(context, inputs.blocks, scores.cache[0].float())
+        worth = scores.cache[0].float().clamp(min=0.0)
+        n_old = context.raw_start // context.block_size
+        blocks, worth = spread(inputs.blocks, worth, self.neighbour_share, n_old)
         least = self.relative_floor * float(worth[0]) if len(worth) else 0.0
-        proposed = proposals_to_scores(context, blocks, worth)
+        proposed = proposals_to_scores(context, blocks, worth.masked_fill(worth < least, 0.0))
         kept = proposed.entry_utility
         # A gist's score was measured by opening it: that detail is not worth having there is no
         # reason to give up the gist as well.
@@ -115,16 +117,6 @@ class LensPolicy:
             entry_utility=torch.where(kept > 0, kept, harm),
             expand_utility=signed.masked_fill(signed < least, 0.0).clamp(min=0.0),
         )
-
-    def _asked_for(
-        self, context: WorkingContext, blocks: Tensor, worth: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Proposals with their neighbours; what is far below the best one counts nothing."""
-        n_old = context.raw_start // context.block_size
-        blocks, worth = spread(blocks, worth.clamp(min=0.0), self.neighbour_share, n_old)
-        if len(worth):
-            worth = worth.masked_fill(worth < self.relative_floor * worth[0], 0.0)
-        return blocks, worth
 
     def inputs(self, view: FocusView) -> LensInputs:
         """What the lens is given for a view of at least one entry."""

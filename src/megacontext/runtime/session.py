@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field
 
@@ -16,15 +16,10 @@ from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.companions import load_gistnet, load_lens
 from megacontext.runtime.engine import Engine, EngineConfig
 from megacontext.runtime.focus_policies import (
-    AttentionPolicy,
     FocusPolicy,
-    LexicalPolicy,
-    RecencyPolicy,
 )
-from megacontext.runtime.lens_policy import LensPolicy
+from megacontext.runtime.policy_names import PolicyName, make_policy
 from megacontext.telemetry import JsonlSink, Telemetry
-
-PolicyName = Literal["auto", "recency", "lexical", "attention", "lens"]
 
 
 class SessionConfig(FrozenConfig):
@@ -136,19 +131,10 @@ class Session:
 
     def policy(self) -> FocusPolicy:
         """A new policy as configured."""
-        name = self.config.policy
-        if name == "auto":
-            name = "lexical" if self.lens is None else "lens"
-        match name:
-            case "recency":
-                return RecencyPolicy()
-            case "lexical":
-                return LexicalPolicy()
-            case "attention":
-                return AttentionPolicy()
-            case "lens":
-                lens = self._untrained_lens() if self.lens is None else self.lens
-                return LensPolicy(lens, key_index=self.config.key_index)
+        lens = self.lens
+        if lens is None and self.config.policy == "lens":
+            lens = self._untrained_lens()
+        return make_policy(self.config.policy, lens, self.config.key_index)
 
     def close(self) -> None:
         """Ends the telemetry."""

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from megacontext.config import FrozenConfig
 from megacontext.runtime.engine import EngineConfig
-from megacontext.runtime.session import PolicyName
+from megacontext.runtime.policy_names import PolicyName
 
 
 class RivalsConfig(FrozenConfig):

@@ -28,13 +28,10 @@ from megacontext.memory import Memory
 from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.engine import Engine
 from megacontext.runtime.focus_policies import (
-    AttentionPolicy,
     FocusPolicy,
-    LexicalPolicy,
     RecencyPolicy,
 )
-from megacontext.runtime.lens_policy import LensPolicy
-from megacontext.runtime.session import PolicyName
+from megacontext.runtime.policy_names import PolicyName, make_policy
 
 
 @dataclass(frozen=True)
@@ -67,21 +64,6 @@ class _Parts:
             lens=self.lens,
             config=self.config.engine,
         )
-
-    def policy(self, name: PolicyName) -> FocusPolicy:
-        if name == "auto":
-            name = "lexical" if self.lens is None else "lens"
-        match name:
-            case "recency":
-                return RecencyPolicy()
-            case "lexical":
-                return LexicalPolicy()
-            case "attention":
-                return AttentionPolicy()
-            case "lens":
-                if self.lens is None:
-                    raise ConfigError("policy 'lens' needs a LensNet; name a checkpoint")
-                return LensPolicy(self.lens)
 
 
 def _full(parts: _Parts) -> Rival:
@@ -130,7 +112,7 @@ def _gists_only(parts: _Parts) -> Rival:
 
 
 def _focus_only(parts: _Parts) -> Rival:
-    engine = parts.engine(parts.policy(parts.config.policy))
+    engine = parts.engine(make_policy(parts.config.policy, parts.lens))
     return FocusOnly(engine, look_again=parts.config.look_again)
 
 
@@ -140,7 +122,7 @@ def _oracle(parts: _Parts) -> Rival:
 
 def _megacontext(policy: PolicyName | None, parts: _Parts) -> Rival:
     name = "megacontext" if policy is None else f"megacontext.{policy}"
-    engine = parts.engine(parts.policy(policy or parts.config.policy))
+    engine = parts.engine(make_policy(policy or parts.config.policy, parts.lens))
     return EngineRival(name, engine, look_again=parts.config.look_again)
 
 
