@@ -67,8 +67,9 @@ class SlowReading:
         fresh = {name for name in rows if name not in self.known} | {rows[-1]}
         if self.spans is None or self._only_grew(window):
             return fresh
-        newest = max(n_pending, min(asking, self.engine.config.query_tokens))
-        fresh |= set(rows[len(rows) - newest :])
+        if self._shows_more(window):
+            newest = min(max(n_pending, asking), self.engine.config.query_tokens)
+            fresh |= set(rows[max(0, len(rows) - newest) :])
         for index, name in enumerate(rows):
             before = rows[max(0, index - self.halo) : index]
             if any(other not in self.known for other in before):
@@ -79,6 +80,13 @@ class SlowReading:
         now = [(level, start) for level, start, _ in window.spans().tolist()]
         then = [(level, start) for level, start, _ in self.spans or []]
         return now[: len(then)] == then
+
+    def _shows_more(self, window: Any) -> bool:
+        return any(
+            level < old_level and old_start <= start < old_end
+            for level, start, _ in window.spans().tolist()
+            for old_level, old_start, old_end in self.spans or []
+        )
 
     def _embed(self, name: Any, cursor: int, pending: Any) -> Any:
         if self._is_gist(name):

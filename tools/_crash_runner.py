@@ -45,9 +45,10 @@ class ToldMemory(Memory):
 
     def append(self, tokens: Tensor, *args: Any, **options: Any) -> tuple[int, int]:
         """Appends as a memory does."""
-        number = options.get("source_id")
-        source = self._pending.get(number or 0)
-        self.tell({"intent": tokens.tolist(), "source": source and source.uri, "number": number})
+        (part,) = options["parts"]
+        source = self._pending.get(part.source_id or 0)
+        told = {"source": source and source.uri, "number": part.source_id, "more": part.more}
+        self.tell({"intent": tokens.tolist(), **told})
         span = super().append(tokens, *args, **options)
         self.tell({"done": self.n_tokens})
         return span
@@ -203,7 +204,7 @@ class Campaign:
             elif commit["number"] != number:
                 number = commit["number"]
                 source_id = self.twin.begin_source(Source(uri=commit["source"]))
-            ingestor.append(torch.tensor(commit["intent"]), source_id)
+            ingestor.append(torch.tensor(commit["intent"]), source_id, more=commit["more"])
 
     def _answer(self, memory: Memory) -> list[int]:
         engine = self.session.engine(memory)

@@ -20,7 +20,6 @@ with atheris.instrument_imports(include=["megacontext"]):
     import torch
 
     from megacontext.checkpoints import read_config, read_weights
-    from megacontext.cli.ingest_command import _decoded as decoded  # pyright: ignore[reportPrivateUsage]
     from megacontext.config import load_config
     from megacontext.errors import InvariantError, MegaContextError
     from megacontext.gistnet import GistNetConfig
@@ -28,6 +27,7 @@ with atheris.instrument_imports(include=["megacontext"]):
     from megacontext.memory.catalog_rows import read_file, read_identity, read_source
     from megacontext.memory.ctx_file import CtxFile
     from megacontext.runtime.session import SessionConfig
+    from megacontext.runtime.text_files import decoded
 
 _FOLDER = Path(tempfile.mkdtemp(prefix="megacontext-fuzz-"))
 _EXPECTED = {"a": torch.empty(2, 3)}

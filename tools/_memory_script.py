@@ -35,7 +35,15 @@ def describe(memory: Memory) -> dict[str, Any]:
         if memory.identity.key_width:
             said[f"keys {level}"] = _bytes(memory.keys(level))
     said["sources"] = [
-        (source.id, source.uri, source.author, source.tags, source.start, source.end)
+        (
+            source.id,
+            source.uri,
+            source.author,
+            source.tags,
+            source.start,
+            source.end,
+            source.complete,
+        )
         for source in memory.sources()
     ]
     for word in WORDS:

@@ -22,6 +22,7 @@ from megacontext.cli.parser import build_parser
 from megacontext.cli.talk_commands import TalkConfig
 from megacontext.config import FrozenConfig, load_config
 from megacontext.evaluation.base_suite import BaseSuiteConfig
+from megacontext.evaluation.cost_config import CostSuiteConfig
 from megacontext.evaluation.demo import DemoConfig
 from megacontext.evaluation.focus_config import FocusSuiteConfig
 from megacontext.evaluation.ingest_suite import IngestSuiteConfig
@@ -42,6 +43,7 @@ CONFIG_TYPES: dict[str, type[FrozenConfig]] = {
     "bench ingest": IngestSuiteConfig,
     "bench substitution": SubstitutionSuiteConfig,
     "bench focus": FocusSuiteConfig,
+    "bench cost": CostSuiteConfig,
     "bench proof": ProofSuiteConfig,
 }
 # Quick commands that need nothing but what came before them in the same file.

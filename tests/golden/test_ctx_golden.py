@@ -10,6 +10,7 @@ import torch
 
 from megacontext.memory.ctx_file import CtxFile
 from megacontext.memory.ctx_header import CtxDtype, CtxHeader
+from megacontext.memory.number_formats import as_stored, quantize
 
 DATA = Path(__file__).parent / "data"
 
@@ -22,6 +23,7 @@ FILES = {
     "v1.L0.ctx": (CtxHeader(0, 4, 0, CtxDtype.U32, "golden-base"), TOKENS),
     "v1.L1.ctx": (CtxHeader(1, 4, 4, CtxDtype.FP16, "golden-base"), GISTS.half()),
     "v1.L1.bf16.ctx": (CtxHeader(1, 4, 4, CtxDtype.BF16, "golden-base"), GISTS.bfloat16()),
+    "v2.L1.int8.ctx": (CtxHeader(1, 4, 4, CtxDtype.INT8, "golden-base"), as_stored(GISTS, "int8")),
 }
 
 
@@ -39,9 +41,21 @@ def test_golden_files_are_written_byte_for_byte(name, tmp_path):
     header, values = FILES[name]
     file = CtxFile.create(tmp_path / name, header)
     raw = values.view(torch.uint16) if values.dtype == torch.bfloat16 else values
+    raw = quantize(raw) if header.dtype is CtxDtype.INT8 else raw
     file.append(np.asarray(raw.numpy()))
     file.close()
     assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
+
+
+def test_the_bytes_of_an_int8_file_are_these():
+    raw = (DATA / "v2.L1.int8.ctx").read_bytes()
+    # Version 2, level 1, block size 4, width 4, number format 3.
+    assert raw[4:14] == bytes([2, 0, 1, 0, 4, 0, 4, 0, 3, 0])
+    scale = torch.tensor(2.5 / 127).bfloat16().view(torch.int16).item()
+    first = raw[64:70]
+    assert int.from_bytes(first[:2], "little") == scale
+    assert [byte - 256 * (byte > 127) for byte in first[2:]] == [0, 0, 51, -127]
+    assert len(raw) == 64 + 2 * 6
 
 
 def test_no_golden_file_is_forgotten():

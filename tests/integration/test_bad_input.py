@@ -17,11 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_base_model, tiny_model, tiny_tokenizer
 
-from megacontext.cli.ingest_command import _decoded
 from megacontext.errors import InputError, MemoryStoreError, ModelError
 from megacontext.memory import Memory
 from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.engine import Engine, EngineConfig
+from megacontext.runtime.text_files import decoded
 from tools._memory_script import IDENTITY, append
 
 SHORT = "decode.max_new_tokens=4"
@@ -71,9 +71,9 @@ def test_bytes_in_pieces_are_the_text_they_are_or_refused_at_the_right_byte(raw,
         expected = raw.decode()
     except UnicodeDecodeError as error:
         with pytest.raises(InputError, match=rf"\(byte {error.start}\)"):
-            list(_decoded(pieces, "x"))
+            list(decoded(pieces, "x"))
     else:
-        assert "".join(_decoded(pieces, "x")) == expected
+        assert "".join(decoded(pieces, "x")) == expected
 
 
 @pytest.mark.parametrize(

@@ -50,10 +50,11 @@ def test_ingest_makes_a_memory_then_appends(megacontext, tmp_path, text):
     memory = tmp_path / "new" / "m.mctx"
     first = megacontext("ingest", memory, text, "--json", "-")
     assert first.status == 0
-    assert set(first.result) == {"ingested", "stats"}
+    assert set(first.result) == {"ingested", "skipped", "passed_over", "stats"}
     (item,) = first.result["ingested"]
     assert item == {"source": text.as_uri(), "start": 0, "tokens": first.result["stats"]["tokens"]}
-    second = megacontext("ingest", memory, text, "--json", "-")
+    (text.parent / "more.txt").write_text(STORY * 20)
+    second = megacontext("ingest", memory, text.parent / "more.txt", "--json", "-")
     assert second.result["ingested"][0]["start"] == item["tokens"]
     assert second.result["stats"]["tokens"] == 2 * item["tokens"]
     assert second.result["stats"]["sources"] == 2
@@ -95,11 +96,12 @@ def test_standard_input_that_is_no_text_is_refused(megacontext, tmp_path):
     assert "standard input: not UTF-8 text (byte 3)" in line
 
 
-@pytest.mark.parametrize("name", ["none.txt", ".", "n" * 300])
+@pytest.mark.parametrize("name", ["none.txt", "empty", "n" * 300])
 def test_a_file_that_cannot_be_read_is_refused(megacontext, tmp_path, monkeypatch, text, name):
     monkeypatch.chdir(tmp_path)
-    line = megacontext("ingest", "m.mctx", text, name).complaint
-    assert name in line
+    (tmp_path / "empty").mkdir()
+    files = [name] if name == "empty" else [text, name]
+    assert name in megacontext("ingest", "m.mctx", *files).complaint
     assert not (tmp_path / "m.mctx").exists()
 
 
@@ -160,6 +162,8 @@ def test_stats_and_verify_as_json(megacontext, stored, tmp_path):
     stats = megacontext("stats", stored, "--json", "-")
     assert {"tokens", "levels", "sources", "bytes", "bytes_per_token"} <= set(stats.result)
     assert stats.result["levels"][1] == stats.result["tokens"] // 32
+    shown = megacontext("stats", stored).err
+    assert f"{stats.result['bytes']['tokens'] / stats.result['tokens']:.3f}" in shown
     file = tmp_path / "verify.json"
     done = megacontext("verify", stored, "--json", file)
     assert (done.status, done.out) == (0, "")
@@ -292,6 +296,7 @@ def test_an_interrupt_keeps_what_was_committed(tmp_path):
         assert memory.n_tokens >= 64
         (source,) = memory.sources()
         assert (source.start, source.end) == (0, memory.n_tokens)
+        assert not source.complete
 
 
 def test_the_version_is_told_by_the_installed_module():

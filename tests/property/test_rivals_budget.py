@@ -21,6 +21,7 @@ NAMES = (
     "window",
     "sink_window",
     "bm25",
+    "bm25_few",
     "own_keys",
     "infllm",
     "gists_only",

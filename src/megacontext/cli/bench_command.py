@@ -11,6 +11,8 @@ from rich.table import Table
 
 from megacontext.cli.output import console, live_picture, read_config, token_progress, write_json
 from megacontext.evaluation.base_suite import BaseSuiteConfig, run_base_suite
+from megacontext.evaluation.cost_config import CostSuiteConfig
+from megacontext.evaluation.cost_suite import run_cost_suite
 from megacontext.evaluation.focus_config import FocusSuiteConfig
 from megacontext.evaluation.focus_report import write_focus_report
 from megacontext.evaluation.focus_suite import run_focus_suite
@@ -33,6 +35,13 @@ _QUICK_SUBSTITUTION = ["windows=32", "answers=60", "ingest_tokens=8192"]
 _QUICK_FOCUS = [
     "lengths=4k,32k", "kinds=same_words,paraphrase,corrected,two_hop,none", "groups=4", "asked=1",
     "prose_streams=1", "prose_history=4000", "prose_blocks=12", "cost_samples=8",
+]  # fmt: skip
+
+_QUICK_COST = [
+    "lengths=[10000, 200000]", "repeats=4", "approach_blocks=8", "processes=1", "reopenings=3",
+    "ingest_repeats=3", "ingest_tokens=16384", "prefill_windows=4", "prefill_batches=[1, 4]",
+    "refocuses=40", "prose_streams=1", "prose_history=4096", "prose_blocks=9",
+    "recall_answers=5", "recall_history=4096",
 ]  # fmt: skip
 
 _QUICK_PROOF = [
@@ -89,6 +98,16 @@ def run_focus(arguments: argparse.Namespace) -> int:
     if arguments.report is not None:
         for path in write_focus_report(line, arguments.report):
             console.print(f"wrote {path}")
+    return 0
+
+
+def run_cost(arguments: argparse.Namespace) -> int:
+    """Suite ``cost``."""
+    _be_quick(arguments, _QUICK_COST)
+    config = read_config(CostSuiteConfig, arguments)
+    with live_picture() as show:
+        results = run_cost_suite(config, show)
+    _finish(arguments, "cost", results, config.model, config.seed)
     return 0
 
 

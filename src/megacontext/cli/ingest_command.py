@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from megacontext.cli.output import console, read_config, token_progress, write_json
+from rich.progress import Progress
+
+from megacontext.cli.output import byte_progress, console, read_config, token_progress, write_json
 from megacontext.errors import InputError
 from megacontext.memory import KeyIndex, Memory, Source
 from megacontext.memory.opening import is_taken
-from megacontext.runtime.engine import Engine
+from megacontext.runtime.bulk_ingest import Document, TakenIn, ingest_documents
 from megacontext.runtime.regist import regist
 from megacontext.runtime.session import Session, SessionConfig
+from megacontext.runtime.text_files import PassedOver, check_files, decoded, find_files
 
 _READ_BYTES = 1 << 20
 _STDIN = "-"
-_MEDIA_TYPES = {".md": "text/markdown", ".py": "text/x-python", ".html": "text/html"}
+_SHOWN = 10
 
 
 def run_ingest(arguments: argparse.Namespace) -> int:
-    """Appends files; makes the memory where there is none."""
+    """Appends files and folders; makes the memory where there is none."""
     config = read_config(SessionConfig, arguments)
     # A file that is no text must leave no trace: look at all of them before the first commit.
-    sources = [_source(name, arguments) for name in arguments.files]
+    documents, size, passed = _documents(arguments, config.ingest.readers)
     with Session(config) as session:
         exists = is_taken(arguments.memory)
         engine = (
@@ -34,18 +38,23 @@ def run_ingest(arguments: argparse.Namespace) -> int:
             if exists
             else session.create(arguments.memory)
         )
-        with engine.memory, token_progress() as progress:
-            taken = [
-                _ingest(engine, name, source, progress)
-                for name, source in zip(arguments.files, sources, strict=True)
-            ]
+        with engine.memory, byte_progress() as progress:
+            # Not Engine.ingest: nothing is going to be read here, so no budget can be too small.
+            taken = ingest_documents(
+                engine.ingestor,
+                documents,
+                readers=config.ingest.readers,
+                again=arguments.again,
+                progress=_Counter(progress, size),
+            )
             KeyIndex(engine.memory, config.key_index).update()
             stats = engine.memory.stats()
+    _tell(taken, passed)
     console.print(
-        f"{sum(item['tokens'] for item in taken):,} tokens taken in; "
+        f"{sum(item.tokens for item in taken):,} tokens taken in; "
         f"{arguments.memory} now holds {stats['tokens']:,}"
     )
-    write_json(arguments.json, {"ingested": taken, "stats": stats})
+    write_json(arguments.json, _result(taken, passed) | {"stats": stats})
     return 0
 
 
@@ -63,7 +72,8 @@ def run_regist(arguments: argparse.Namespace) -> int:
                 tasks[level] = progress.add_task(f"L{level}", total=memory.n_tokens)
             progress.advance(tasks[level], count * memory.identity.block_size**level)
 
-        regist(session.base, memory, session.gistnet, session.lens, advance)
+        dtype = session.config.gist_dtype
+        regist(session.base, memory, session.gistnet, session.lens, advance, gist_dtype=dtype)
         KeyIndex(memory, session.config.key_index).update()
         version = memory.identity.gist_version
     console.print(f"{arguments.memory}: gists rebuilt, version {version}")
@@ -71,65 +81,74 @@ def run_regist(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _source(name: str, arguments: argparse.Namespace) -> Source:
-    """What is recorded about a file; refuses one that cannot be read as UTF-8 text."""
-    tags = tuple(arguments.tag)
-    if name == _STDIN:
-        return Source(uri="stdin:", author=arguments.author, tags=tags)
-    path = Path(name)
-    digest = hashlib.sha256()
-    for chunk in _decoded(_file_chunks(path), name):
-        digest.update(chunk.encode())
-    return Source(
-        uri=path.resolve().as_uri(),
-        media_type=_MEDIA_TYPES.get(path.suffix, "text/plain"),
-        sha256=digest.hexdigest(),
-        author=arguments.author,
-        created=path.stat().st_mtime,
-        tags=tags,
-    )
+def _documents(
+    arguments: argparse.Namespace, readers: int
+) -> tuple[list[Document], int | None, list[PassedOver]]:
+    """What is to be taken in, its bytes where they are known, and what is passed over."""
+    documents: list[Document] = []
+    passed: list[PassedOver] = []
+    tags, size = tuple(arguments.tag), 0
+    for name in arguments.files:
+        if name == _STDIN:
+            source = Source(uri="stdin:", author=arguments.author, tags=tags)
+            documents.append(Document(source, _standard_input, waits=True))
+            continue
+        found, rest = find_files([Path(name)], arguments.pattern)
+        texts, odd = check_files(found, author=arguments.author, tags=tags, readers=readers)
+        documents += [Document(text.source, text.read, text.size) for text in texts]
+        passed += [*rest, *odd]
+        size += sum(text.size for text in texts)
+    if not documents:
+        looked_for = ", ".join(arguments.pattern) or "UTF-8 text"
+        raise InputError(f"{', '.join(arguments.files)}: no file of {looked_for} in there")
+    return documents, None if _STDIN in arguments.files else size, passed
 
 
-def _ingest(engine: Engine, name: str, source: Source, progress: Any) -> dict[str, Any]:
-    task = progress.add_task(Path(name).name, total=None)
-    if name == _STDIN:
-        stream: BinaryIO = sys.stdin.buffer
-        chunks = _decoded(iter(lambda: stream.read(_READ_BYTES), b""), "standard input")
-    else:
-        chunks = _decoded(_file_chunks(Path(name)), name)
-    # Not Engine.ingest: nothing is going to be read here, so no budget can be too small.
-    taken = engine.ingestor.ingest(chunks, source, lambda count: progress.advance(task, count))
-    return {"source": source.uri, "start": taken.start, "tokens": taken.end - taken.start}
+def _standard_input() -> Iterator[str]:
+    stream = sys.stdin.buffer
+    return decoded(iter(lambda: stream.read(_READ_BYTES), b""), "standard input")
 
 
-def _file_chunks(path: Path) -> Iterator[bytes]:
-    try:
-        if not path.is_file():
-            raise InputError(f"{path}: no such file; name text files, or - for standard input")
-        with path.open("rb") as file:
-            while chunk := file.read(_READ_BYTES):
-                yield chunk
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+class _Counter:
+    """Moves a progress bar with every commit."""
+
+    def __init__(self, progress: Progress, size: int | None) -> None:
+        self.progress = progress
+        self.task = progress.add_task("bytes", total=size, tokens=0, rate=0.0)
+        self.started = time.monotonic()
+        self.tokens = 0
+
+    def __call__(self, tokens: int, size: int) -> None:
+        self.tokens += tokens
+        rate = self.tokens / max(time.monotonic() - self.started, 1e-3)
+        self.progress.update(self.task, advance=size, tokens=self.tokens, rate=rate)
 
 
-def _decoded(chunks: Iterable[bytes], name: str) -> Iterator[str]:
-    """Text of UTF-8 chunks, which may end within a character."""
-    rest, done = b"", 0
-    for chunk in chunks:
-        raw = rest + chunk
-        try:
-            text = raw.decode("utf-8")
-            rest = b""
-        except UnicodeDecodeError as error:
-            if len(raw) - error.start >= 4 or error.reason != "unexpected end of data":
-                raise _not_text(name, done + error.start) from None
-            text, rest = raw[: error.start].decode("utf-8"), raw[error.start :]
-        done += len(raw) - len(rest)
-        yield text
-    if rest:
-        raise _not_text(name, done)
+def _tell(taken: Sequence[TakenIn], passed: Sequence[PassedOver]) -> None:
+    """What a user would otherwise have to guess."""
+    skipped = sum(item.skipped for item in taken)
+    if skipped:
+        console.print(f"{skipped:,} unchanged and complete, skipped; --again takes them once more")
+    for item in taken:
+        if item.known:
+            console.print(f"{item.source.uri}: goes on behind {item.known:,} tokens")
+    if passed:
+        reasons = Counter(item.reason.partition(" (")[0] for item in passed)
+        listed = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items()))
+        console.print(f"{len(passed):,} passed over: {listed}")
+        for item in passed[:_SHOWN]:
+            console.print(f"  {item.path}: {item.reason}")
+        if len(passed) > _SHOWN:
+            console.print("  …; --json lists all of them")
 
 
-def _not_text(name: str, offset: int) -> InputError:
-    return InputError(f"{name}: not UTF-8 text (byte {offset}); convert it, for example with iconv")
+def _result(taken: Sequence[TakenIn], passed: Sequence[PassedOver]) -> dict[str, Any]:
+    return {
+        "ingested": [
+            {"source": item.source.uri, "start": item.start, "tokens": item.tokens}
+            for item in taken
+            if not item.skipped
+        ],
+        "skipped": [item.source.uri for item in taken if item.skipped],
+        "passed_over": [{"path": str(item.path), "reason": item.reason} for item in passed],
+    }

@@ -44,8 +44,9 @@ def run_stats(arguments: argparse.Namespace) -> int:
     table = Table(title=str(arguments.memory), title_justify="left")
     table.add_column("part")
     table.add_column("bytes", justify="right")
-    for part, size in stats["bytes"].items():
-        table.add_row(part, f"{size:,}")
+    table.add_column("per token", justify="right")
+    for part, size in _parts(stats):
+        table.add_row(part, f"{size:,}", f"{size / max(1, stats['tokens']):.3f}")
     console.print(table)
     levels = ", ".join(f"L{level}: {count:,}" for level, count in enumerate(stats["levels"]))
     console.print(f"{levels}; {stats['bytes_per_token']:.1f} bytes per token")
@@ -163,6 +164,18 @@ def _search(memory: Memory, base: Any, text: str) -> list[dict[str, Any]]:
         found.append({"block": block, "start": block * size, "score": score, "text": words})
         sys.stdout.write(f"{block * size:>12,}  {score:8.3f}  {' '.join(words.split())}\n")
     return found
+
+
+def _parts(stats: dict[str, Any]) -> list[tuple[str, int]]:
+    """Bytes by part, and below a part with several levels those of each."""
+    rows: list[tuple[str, int]] = []
+    for part, size in stats["bytes"].items():
+        rows.append((part, size))
+        levels = [
+            (f"  {name}", of) for name, of in stats["level_bytes"].items() if name.startswith(part)
+        ]
+        rows += levels if len(levels) > 1 else []
+    return rows
 
 
 def _span(text: str, limit: int) -> tuple[int, int]:

@@ -53,13 +53,7 @@ def _add_demo(commands: Any) -> None:
 
 
 def _add_memory_commands(commands: Any) -> None:
-    ingest = _on_memory(
-        commands, "ingest", "append text files to a memory", f"{_INGEST}:run_ingest"
-    )
-    ingest.add_argument("files", nargs="+", metavar="FILE", help="UTF-8 text; - is standard input")
-    ingest.add_argument("--author", default="", help="recorded with every file")
-    ingest.add_argument("--tag", action="append", default=[], help="recorded with every file")
-    add_config_options(ingest)
+    _add_ingest(commands)
     inspect = _on_memory(
         commands, "inspect", "show sources, and the text of a span", f"{_INSPECT}:run_inspect"
     )
@@ -102,6 +96,28 @@ def _add_memory_commands(commands: Any) -> None:
     add_config_options(regist)
 
 
+def _add_ingest(commands: Any) -> None:
+    ingest = _on_memory(
+        commands, "ingest", "append files and folders to a memory", f"{_INGEST}:run_ingest"
+    )
+    ingest.add_argument(
+        "files", nargs="+", metavar="FILE", help="UTF-8 text, or a folder; - is standard input"
+    )
+    ingest.add_argument(
+        "--pattern",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="take only such files from folders, for example '*.md'; may be repeated",
+    )
+    ingest.add_argument(
+        "--again", action="store_true", help="take in once more what is there already, unchanged"
+    )
+    ingest.add_argument("--author", default="", help="recorded with every file")
+    ingest.add_argument("--tag", action="append", default=[], help="recorded with every file")
+    add_config_options(ingest)
+
+
 def _add_talk_commands(commands: Any) -> None:
     for name, text in (
         ("ask", "answer one question from a memory"),
@@ -129,6 +145,7 @@ def _add_bench(commands: Any) -> None:
         ("ingest", "speed and memory of taking in a million tokens"),
         ("substitution", "what reading gists in place of tokens costs"),
         ("focus", "whether the focus finds what a question needs"),
+        ("cost", "what a memory costs beside the base alone, and how flat that is"),
         ("proof", "side by side with what a user would pick instead, at equal budget"),
     ):
         parser = _command(suites, name, text, f"{_BENCH}:run_{name}")

@@ -12,7 +12,7 @@ from megacontext.config import FrozenConfig
 from megacontext.evaluation.focus_questions import FOCUS_KINDS, FocusKind
 from megacontext.runtime.engine import EngineConfig
 
-FocusPolicyName = Literal["recency", "lexical", "attention", "lens", "oracle"]
+FocusPolicyName = Literal["recency", "lexical", "likelihood", "attention", "lens", "oracle"]
 
 _LENGTH = re.compile(r"(\d+)([km]?)", re.IGNORECASE)
 _UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
@@ -52,7 +52,14 @@ class FocusSuiteConfig(FrozenConfig):
     gistnet: str | Path | None = None
     lens: str | Path | None = None
     lengths: tuple[int, ...] = (4_000, 32_000, 256_000, 1_000_000)
-    policies: tuple[FocusPolicyName, ...] = ("recency", "lexical", "attention", "lens", "oracle")
+    policies: tuple[FocusPolicyName, ...] = (
+        "recency",
+        "lexical",
+        "likelihood",
+        "attention",
+        "lens",
+        "oracle",
+    )
     kinds: tuple[FocusKind, ...] = FOCUS_KINDS
     groups: int = Field(default=50, ge=1, le=1_000)
     asked: int = Field(default=4, ge=1, le=16)

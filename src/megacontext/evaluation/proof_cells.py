@@ -96,7 +96,7 @@ def plan(config: ProofSuiteConfig) -> list[Cell]:
             ("recall", config.recall),
         )
         for family, tasks in groups:
-            cells += [Cell(family, task, length, config.questions) for task in tasks]
+            cells += [Cell(family, task, length, config.asked_at(length)) for task in tasks]
         if config.depth_questions:
             cells += [
                 Cell("niah_depth", _DEPTH_TASK, length, config.depth_questions, depth)
@@ -104,7 +104,7 @@ def plan(config: ProofSuiteConfig) -> list[Cell]:
             ]
     if FAR_TASK in config.babilong:
         cells += [
-            Cell("babilong", FAR_TASK, length, config.questions)
+            Cell("babilong", FAR_TASK, length, config.asked_at(length))
             for length in sorted(dict.fromkeys(config.far_lengths), key=tokens_of)
         ]
     return list(dict.fromkeys(cells))

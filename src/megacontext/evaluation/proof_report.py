@@ -79,6 +79,7 @@ def _how(line: ProofLine) -> Iterator[str]:
         "focus policy": f"`{setup['policy']}`, with {setup['tail_tokens']} newest tokens raw",
         "noise": ", ".join(setup["noise"]),
         "questions in a cell": f"{setup['questions']}"
+        + "".join(f"; {n} at {length}" for length, n in setup["questions_at"].items())
         + _of(f"; {setup['slow_questions']} for ", setup["slow_rivals"]),
         "wording of RULER": f"`{setup['wording']}`",
         "planted facts": f"{setup['facts']} in a history, {setup['asked']} asked "

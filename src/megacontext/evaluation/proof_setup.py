@@ -93,6 +93,7 @@ class ProofSetup:
             **self._versions,
             "noise": [path.name for path in config.corpus] or ["the bundled book"],
             "questions": config.questions,
+            "questions_at": dict(config.questions_at),
             "facts": config.facts,
             "asked": config.asked,
             "wording": config.wording,

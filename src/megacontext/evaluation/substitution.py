@@ -140,15 +140,21 @@ def _measure_batch(
                 rows = embeddings[:, context - recent :]
             positions = torch.arange(rows.shape[1], device=rows.device).expand(len(rows), -1)
             states = plain_states(base, rows, positions)
-        log_probs[variant] = _tail_log_probs(base, states, size)
+        log_probs[variant] = tail_log_probs(base, states, size)
     targets = ids[:, context + 1 : context + 1 + HORIZON, None]
     nll = {v: -p.gather(-1, targets)[..., 0].cpu() for v, p in log_probs.items()}
     cost = F.kl_div(log_probs["gist"], log_probs["full"], log_target=True, reduction="none")
     return WindowNLL(nll, cost.sum(-1).cpu(), predicted)
 
 
-def _tail_log_probs(base: BaseModel, states: Tensor, size: int) -> Tensor:
-    """Log-probabilities ``[windows, HORIZON, vocab]`` read at the first rows of the tail."""
+def tail_log_probs(base: BaseModel, states: Tensor, size: int) -> Tensor:
+    """Log-probabilities ``[windows, HORIZON, vocab]`` behind the context of every window.
+
+    Args:
+        base: the frozen base model.
+        states: ``[windows, rows, d_model]``, its last hidden states over the windows.
+        size: tokens of a block.
+    """
     first = states.shape[1] - _TAIL_BLOCKS * size
     logits = base.model.lm_head(states[:, first : first + HORIZON])
     return F.log_softmax(logits.float(), dim=-1)

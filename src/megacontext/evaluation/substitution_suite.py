@@ -98,12 +98,16 @@ def run_substitution_suite(
     results: dict[str, Estimate] = {}
     ranks: list[tuple[float, float]] = []
     for source in _SOURCES:
-        stream = base.encode(prose) if source == "prose" else _recall_stream(base, prose, config)
+        stream = (
+            base.encode(prose)
+            if source == "prose"
+            else recall_stream(base, prose, config.windows, config.seed)
+        )
         for name, shape in shapes.items():
             if name == "budget" and source != "prose":
                 continue
             say(f"{source}, {name}")
-            ids = _windows(stream, config.windows, shape.tokens(size))
+            ids = spread_windows(stream, config.windows, shape.tokens(size))
             measured = measure(base, gistnet, ids, shape)
             if name == "budget":
                 gain = measured.nll["recency"] - measured.nll["gist"]
@@ -128,17 +132,17 @@ def _silent(_: str) -> None:
     """Nobody wants to know."""
 
 
-def _windows(stream: Tensor, count: int, tokens: int) -> Tensor:
+def spread_windows(stream: Tensor, count: int, tokens: int) -> Tensor:
     """``count`` windows spread evenly over a stream, ``[count, tokens]``."""
     starts = torch.arange(count) * (len(stream) - tokens) // max(1, count - 1)
     return stream[starts[:, None] + torch.arange(tokens)]
 
 
-def _recall_stream(base: BaseModel, prose: str, config: SubstitutionSuiteConfig) -> Tensor:
-    """Generated texts with held-out facts and questions, one after the other."""
-    rng = random.Random(f"substitution/{config.seed}")
+def recall_stream(base: BaseModel, prose: str, n_windows: int, seed: int) -> Tensor:
+    """Generated texts with held-out facts and questions, one after the other, for many windows."""
+    rng = random.Random(f"substitution/{seed}")
     documents = RecallDocuments(rng, Prose([prose]), "held_out")
-    wanted = max(4096, config.windows * 640)
+    wanted = max(4096, n_windows * 640)
     parts: list[Tensor] = []
     while sum(len(part) for part in parts) < wanted:
         text = "".join(piece.text for piece in documents.draw(rng.randint(100, 800)))

@@ -31,6 +31,9 @@ class LensNetConfig(FrozenConfig):
         lexical_prior: initial weight in nats of ``lexical_relative`` in a cache item's score, so
             that an untrained lens can follow the lexical policy; 0 starts calm.
         learned_prior: the same for ``learned_relative``, the closeness of a key.
+        likelihood_prior: the same for ``likelihood_relative``.
+        likelihoods: most proposals that the base model reads one by one with a question, to tell
+            it how likely they make it; 0 for none.
         reads_attention: whether it is told how the base model attends to the working entries, which
             costs a forward over the window at every refocus, and entries propose themselves by it.
         gist_version: version of the GistNet whose gists it was trained on; empty where it was not.
@@ -51,6 +54,8 @@ class LensNetConfig(FrozenConfig):
     key_vocabulary: int = Field(default=0, ge=0, le=2**24)
     lexical_prior: float = Field(default=0.0, ge=0.0, le=10.0)
     learned_prior: float = Field(default=0.0, ge=0.0, le=10.0)
+    likelihood_prior: float = Field(default=0.0, ge=0.0, le=10.0)
+    likelihoods: int = Field(default=0, ge=0, le=256)
     reads_attention: bool = False
     gist_version: str = ""
     init_seed: int = Field(default=0, ge=0)

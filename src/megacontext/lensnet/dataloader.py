@@ -30,6 +30,7 @@ class SnapshotBatch:
         cache_levels: int64 ``[b, m]``, 0 on padding.
         cache_starts: int64 ``[b, m]``, 0 on padding.
         cache_utility: ``[b, m]``, NaN on padding and where none was measured.
+        cache_evidence: ``[b, m]``, 1 or 0, NaN on padding and where neither is known.
         cursor: int64 ``[b]``.
         tail_start: int64 ``[b]``.
     """
@@ -43,6 +44,7 @@ class SnapshotBatch:
     cache_levels: Tensor
     cache_starts: Tensor
     cache_utility: Tensor
+    cache_evidence: Tensor
     cursor: Tensor
     tail_start: Tensor
 
@@ -182,7 +184,7 @@ class SnapshotLoader:
 
 
 def _pad(name: str, values: list[Tensor]) -> Tensor:
-    fill = float("nan") if name.endswith("_utility") else 0
+    fill = float("nan") if name.endswith(("_utility", "_evidence")) else 0
     values = [value.float() if value.is_floating_point() else value for value in values]
     side = "left" if name == "tail_hidden" else "right"
     return torch.nn.utils.rnn.pad_sequence(

@@ -27,6 +27,9 @@ index  name                  value
 18     learned               relevance of its lens key
 19     learned_relative      exp(relevance - the highest among the spans)
 20     learned_known         1 if its key was scored
+21     likelihood            nats that it makes the question likelier / 10
+22     likelihood_relative   exp((nats - the most among the spans that are news) / 4), 1 at most
+23     likelihood_known      1 if the base model read it with the question
 =====  ====================  =====================================================================
 """
 
@@ -61,8 +64,13 @@ FEATURE_NAMES = (
     "learned",
     "learned_relative",
     "learned_known",
+    "likelihood",
+    "likelihood_relative",
+    "likelihood_known",
 )
 N_FEATURES = len(FEATURE_NAMES)
+# A question is some twenty tokens, and a block that tells of it makes it 10 to 30 nats likelier.
+_NATS_APART = 4.0
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,8 @@ class SpanFacts:
         lexical: BM25 score, not negative.
         attention: attention mass, not negative.
         learned: relevance of the lens key, any sign.
+        likelihood: nats that the span makes what is expected likelier, any sign.
+        told: bool, it was raw before what is expected was known.
         in_context: bool.
         newest: bool.
         root: bool.
@@ -100,6 +110,8 @@ class SpanFacts:
     lexical: Tensor
     attention: Tensor
     learned: Tensor
+    likelihood: Tensor
+    told: Tensor
     in_context: Tensor
     newest: Tensor
     root: Tensor
@@ -139,6 +151,9 @@ def span_features(facts: SpanFacts) -> Tensor:
     columns += [attention, _share(attention), attention_known]
     learned, learned_known = _known(facts.learned, mask)
     columns += [learned, _closeness(learned, learned_known), learned_known]
+    likelihood, likelihood_known = _known(facts.likelihood, mask)
+    likelier = _closeness(likelihood / _NATS_APART, likelihood_known, facts.told)
+    columns += [likelihood / 10, likelier, likelihood_known]
     stacked = torch.stack([column.to(torch.float32) for column in columns], dim=-1)
     return stacked.masked_fill(~mask[..., None], 0.0)
 
@@ -175,6 +190,9 @@ def _share(score: Tensor) -> Tensor:
     return score / best.where(best > 0, torch.ones_like(best))
 
 
-def _closeness(score: Tensor, known: Tensor) -> Tensor:
-    best = _best(score.masked_fill(~known, -torch.inf))
-    return (score - best).exp().masked_fill(~known, 0.0)
+def _closeness(score: Tensor, known: Tensor, apart: Tensor | None = None) -> Tensor:
+    """``exp(score - best)``, 1 at most; the best is sought among those not ``apart``, if any."""
+    eligible = known if apart is None else known & ~apart
+    eligible = torch.where(eligible.any(dim=1, keepdim=True), eligible, known)
+    best = _best(score.masked_fill(~eligible, -torch.inf))
+    return (score - best).clamp(max=0.0).exp().masked_fill(~known, 0.0)

@@ -67,6 +67,7 @@ class LensNet(PretrainedModule[LensNetConfig]):
             for name, prior in (
                 ("lexical_relative", config.lexical_prior),
                 ("learned_relative", config.learned_prior),
+                ("likelihood_relative", config.likelihood_prior),
             ):
                 self.cache_head.shortcut.weight[0, FEATURE_NAMES.index(name)] = prior
 

@@ -23,7 +23,7 @@ from megacontext.errors import DataError
 
 INDEX_FILE = "index.json"
 FORMAT = "megacontext-snapshots"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _GROUPS = ("entry", "cache", "tail")
 
@@ -48,6 +48,8 @@ class Snapshot:
         cache_vectors: ``[m, gist_width]``.
         cache_features: ``[m, n_features]``.
         cache_utility: float32 ``[m]``.
+        cache_evidence: float32 ``[m]``: 1 where it is known to tell what comes, 0 where it is known
+            not to, NaN where neither is known.
         tail_hidden: ``[t, d_model]``, oldest first.
         cursor: int64 scalar.
         tail_start: int64 scalar, first token of the tail.
@@ -65,6 +67,7 @@ class Snapshot:
     cache_vectors: Tensor
     cache_features: Tensor
     cache_utility: Tensor
+    cache_evidence: Tensor
     tail_hidden: Tensor
     cursor: Tensor
     tail_start: Tensor

@@ -7,13 +7,14 @@ import re
 import sqlite3
 import time
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from megacontext.errors import CorruptMemoryError, MemoryVersionError
 from megacontext.memory.catalog_rows import (
     SOURCE_COLUMNS,
+    UNFINISHED,
     Chunk,
     FileUpdate,
     Snapshot,
@@ -23,6 +24,7 @@ from megacontext.memory.catalog_rows import (
     read_file,
     read_identity,
     read_source,
+    read_unfinished,
 )
 from megacontext.memory.identity import MemoryIdentity, Source, SourceRecord
 from megacontext.memory.index_sum import NO_TERMS, add_terms, count_terms, index_problems
@@ -141,7 +143,7 @@ class Catalog:
         *,
         texts: Sequence[str] = (),
         first_block: int = 0,
-        source: SourceRange | None = None,
+        sources: Sequence[SourceRange] = (),
     ) -> None:
         """Records one append; afterwards it has happened.
 
@@ -151,7 +153,7 @@ class Catalog:
             files: files that have grown.
             texts: texts of the blocks from ``first_block`` on, for the lexical index.
             first_block: block of the first text.
-            source: where the tokens come from.
+            sources: where the tokens come from, each once.
 
         Raises:
             StorageFullError, MemoryStoreError: nothing was recorded, call :meth:`roll_back`.
@@ -160,24 +162,29 @@ class Catalog:
             rows.put("commits", (generation, n_tokens, time.time()))
             for update in files:
                 self._put_file(rows, update, generation)
-            if source is not None and source.new:
-                place = (source.id, source.start, source.end)
-                rows.put("sources", _source_row(source.source, place, time.time(), generation))
-            elif source is not None:
-                rows.change("sources", source.id, "end_token", source.end)
+            for source in sources:
+                if source.new:
+                    place = (source.id, source.start, source.end)
+                    rows.put("sources", _source_row(source.source, place, time.time(), generation))
+                else:
+                    rows.change("sources", source.id, "end_token", source.end)
+            self._note_unfinished(rows, sources)
             if texts:
                 added = self.lexical.add(first_block, texts)
                 rows.put("meta", (INDEX_SUM, self._add_to_index_sum(added)))
 
     def commit_sources(
-        self, generation: int, n_tokens: int, sources: Iterable[SourceRecord]
+        self, generation: int, n_tokens: int, sources: Sequence[SourceRecord]
     ) -> None:
-        """Records sources of tokens that are there already, with their numbers and times."""
+        """Records sources of tokens that are there already, as they were in another memory."""
         with self._writing() as rows:
             rows.put("commits", (generation, n_tokens, time.time()))
             for source in sources:
                 place = (source.id, source.start, source.end)
                 rows.put("sources", _source_row(source, place, source.ingested_at, generation))
+            rest = [source.id for source in sources if not source.complete]
+            if rest:
+                rows.put("meta", (UNFINISHED, json.dumps(sorted(rest))))
 
     def commit_replacement(
         self, generation: int, n_tokens: int, identity: MemoryIdentity, files: Iterable[FileUpdate]
@@ -228,33 +235,36 @@ class Catalog:
 
     def sources(self, n_tokens: int) -> list[SourceRecord]:
         """Sources that start within the first ``n_tokens`` tokens, oldest first."""
-        with sqlite_errors(self.path, "read"):
+        with sqlite_errors(self.path, "read"), self._reading():
             rows = self._connection.execute(
                 f"SELECT {SOURCE_COLUMNS} FROM sources WHERE start_token < ? "  # noqa: S608
                 "ORDER BY start_token",
                 (n_tokens,),
             ).fetchall()
-        return [read_source(row, n_tokens, self.path) for row in rows]
+            unfinished = self._unfinished()
+        return [read_source(row, n_tokens, self.path, unfinished) for row in rows]
 
     def source_at(self, token: int, n_tokens: int) -> SourceRecord | None:
         """The source of one token, or ``None``."""
-        with sqlite_errors(self.path, "read"):
+        with sqlite_errors(self.path, "read"), self._reading():
             row = self._connection.execute(
                 f"SELECT {SOURCE_COLUMNS} FROM sources WHERE start_token <= ? "  # noqa: S608
                 "ORDER BY start_token DESC LIMIT 1",
                 (token,),
             ).fetchone()
-        record = read_source(row, n_tokens, self.path) if row is not None else None
+            unfinished = self._unfinished()
+        record = read_source(row, n_tokens, self.path, unfinished) if row is not None else None
         return record if record is not None and token < record.end else None
 
     def source(self, source_id: int) -> SourceRecord | None:
         """A source by its number, or ``None``."""
-        with sqlite_errors(self.path, "read"):
+        with sqlite_errors(self.path, "read"), self._reading():
             row = self._connection.execute(
                 f"SELECT {SOURCE_COLUMNS} FROM sources WHERE id = ?",  # noqa: S608
                 (source_id,),
             ).fetchone()
-        return read_source(row, row[8], self.path) if row is not None else None
+            unfinished = self._unfinished()
+        return read_source(row, row[8], self.path, unfinished) if row is not None else None
 
     def count_sources(self, n_tokens: int) -> int:
         """Number of sources that start within the first ``n_tokens`` tokens."""
@@ -301,13 +311,17 @@ class Catalog:
         """Sources of the first ``n_tokens`` tokens that make sense, and how many do not."""
         kept: list[SourceRecord] = []
         lost = 0
+        unfinished: frozenset[int] = frozenset()
         with sqlite_errors(self.path, "read"):
             rows = self._connection.execute(
                 f"SELECT {SOURCE_COLUMNS} FROM sources ORDER BY start_token"  # noqa: S608
             ).fetchall()
+            # Without the list they count as complete; that it is damaged, the rows' sum tells.
+            with suppress(CorruptMemoryError):
+                unfinished = self._unfinished()
         for row in rows:
             try:
-                source = read_source(row, n_tokens, self.path)
+                source = read_source(row, n_tokens, self.path, unfinished)
             except CorruptMemoryError:
                 lost += 1
                 continue
@@ -369,6 +383,31 @@ class Catalog:
             rows.change("files", number, "length", update.length)
         for chunk in update.chunks:
             rows.put("chunks", (number, chunk.start, chunk.count, chunk.crc32))
+
+    def _unfinished(self) -> frozenset[int]:
+        statement = "SELECT value FROM meta WHERE key = ?"
+        row = self._connection.execute(statement, (UNFINISHED,)).fetchone()
+        return read_unfinished(None if row is None else row[0], self.path)
+
+    def _note_unfinished(self, rows: CountedRows, sources: Iterable[SourceRange]) -> None:
+        """Notes which sources are incomplete once tokens of ``sources`` have come."""
+        before = after = self._unfinished()
+        for source in sources:
+            after |= {source.id}
+            if not source.more:
+                after -= {source.id, *self._stretches(source.source, before)}
+        if after != before:
+            rows.put("meta", (UNFINISHED, json.dumps(sorted(after))))
+
+    def _stretches(self, source: Source, among: Iterable[int]) -> list[int]:
+        """Which of some sources are of the same text, as far as that can be known."""
+        statement = "SELECT 1 FROM sources WHERE id = ? AND uri = ? AND sha256 = ?"
+        same = (source.uri, source.sha256)
+        return [
+            number
+            for number in among
+            if source.sha256 and self._connection.execute(statement, (number, *same)).fetchone()
+        ]
 
     def _structure_problems(self) -> list[str]:
         found = [row[0] for row in self._connection.execute("PRAGMA integrity_check")]

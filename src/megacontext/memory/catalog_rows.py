@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, cast
@@ -18,6 +18,9 @@ FileKind = Literal["tokens", "gists", "keys", "fidelity"]
 SOURCE_COLUMNS: Final = (
     "id, uri, media_type, sha256, author, created, tags, start_token, end_token, ingested_at"
 )
+
+UNFINISHED: Final = "unfinished_sources"
+"""Row of ``meta`` with the numbers of incomplete sources, a JSON list; there may be none."""
 
 _PREFIXES: Final[dict[FileKind, str]] = {
     "tokens": "",
@@ -82,13 +85,16 @@ class FileUpdate:
 
 @dataclass(frozen=True)
 class SourceRange:
-    """Tokens ``start`` to ``end`` come from a source; ``new``: not in the catalog yet."""
+    """Tokens ``start`` to ``end`` come from a source; ``new``: not in the catalog yet; ``more``:
+    others of its tokens are to follow.
+    """
 
     id: int
     source: Source
     start: int
     end: int
     new: bool
+    more: bool = False
 
 
 @dataclass(frozen=True)
@@ -171,8 +177,38 @@ def read_file(row: Sequence[Any], path: Path) -> FileRecord:
     return FileRecord(integer(file_id, "file", path), name, kind, level, length, tail)
 
 
-def read_source(row: Sequence[Any], n_tokens: int, path: Path) -> SourceRecord:
+def read_unfinished(value: Any, path: Path) -> frozenset[int]:
+    """Numbers of the incomplete sources, from the value of the row :data:`UNFINISHED`.
+
+    Args:
+        value: ``None`` where there is no such row.
+        path: the catalog.
+
+    Raises:
+        CorruptMemoryError: it is no list of numbers.
+    """
+    try:
+        found = json.loads(value) if isinstance(value, str) else [] if value is None else None
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, list):
+        raise CorruptMemoryError(
+            f"the catalog's list of incomplete sources is {_shown(value)}", path=path
+        )
+    numbers = cast(list[Any], found)
+    return frozenset(integer(number, "incomplete source", path) for number in numbers)
+
+
+def read_source(
+    row: Sequence[Any], n_tokens: int, path: Path, unfinished: Collection[int] = ()
+) -> SourceRecord:
     """:data:`SOURCE_COLUMNS` of a source, of which ``n_tokens`` tokens of the memory count.
+
+    Args:
+        row: the columns.
+        n_tokens: tokens of the memory.
+        path: the catalog.
+        unfinished: numbers of the incomplete sources.
 
     Raises:
         CorruptMemoryError: a value makes no sense.
@@ -205,6 +241,7 @@ def read_source(row: Sequence[Any], n_tokens: int, path: Path) -> SourceRecord:
         start=start,
         end=min(end, n_tokens),
         ingested_at=ingested_at,
+        complete=source_id not in unfinished and end <= n_tokens,
     )
 
 

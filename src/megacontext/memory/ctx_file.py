@@ -17,12 +17,14 @@ from torch import Tensor
 
 from megacontext.errors import CorruptMemoryError, InputError, InvariantError
 from megacontext.memory.ctx_header import HEADER_BYTES, CtxDtype, CtxHeader
+from megacontext.memory.number_formats import dequantize
 from megacontext.memory.storage_io import FILE_MODE, read_all, storing, write_all
 
 _NUMPY_DTYPES: Final = {
     CtxDtype.U32: np.dtype("<i4"),
     CtxDtype.FP16: np.dtype("<f2"),
     CtxDtype.BF16: np.dtype("<u2"),
+    CtxDtype.INT8: np.dtype("u1"),
 }
 _READ_BYTES: Final = 1 << 20
 
@@ -130,7 +132,7 @@ class CtxFile:
 
         Args:
             records: ``[n]`` uint32/int32 token ids, or ``[n, width]`` float16, or bfloat16 as
-                uint16.
+                uint16, or ``[n, record_bytes]`` uint8 where they are int8.
 
         Returns:
             The bytes written (for a checksum).
@@ -140,8 +142,7 @@ class CtxFile:
             StorageFullError, MemoryStoreError: the write failed; ``length`` has not changed, but
                 part of the records may lie behind it (see :meth:`truncate`).
         """
-        shape = (self.header.width,) if self.header.width else ()
-        dtype = _NUMPY_DTYPES[self.header.dtype]
+        shape, dtype = self.header.record_shape, _NUMPY_DTYPES[self.header.dtype]
         if records.shape[1:] != shape or records.ndim == 0 or not _same_format(records, dtype):
             raise InvariantError(
                 f"{self.path.name}: records of shape {records.shape} and dtype {records.dtype} "
@@ -180,12 +181,12 @@ class CtxFile:
             os.fsync(self._descriptor)
 
     def map(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Records ``start`` to ``stop`` without copying them.
+        """Records ``start`` to ``stop``, without copying them unless they are int8.
 
         Returns:
             ``[stop - start]`` int32 token ids, or ``[stop - start, width]`` float16 or bfloat16, on
             the memory map of the file. The map is private: writing to the tensor would not change
-            the file. Treat it as read-only.
+            the file. Treat it as read-only. Int8 records are read as new float32 numbers.
 
         Raises:
             InputError: the range does not lie within the file.
@@ -195,9 +196,15 @@ class CtxFile:
             raise InputError(
                 f"{self.path.name}: no records {start} to {end}; it has {self._length} of them"
             )
-        if self._view is None or self._view.shape[0] < end:
-            self._view = self._map_all()
-        return self._view[start:end]
+        return self._numbers(self._mapped(end)[start:end])
+
+    def take(self, index: Tensor) -> Tensor:
+        """Records at ``index`` ``[m]`` int64, as :meth:`map` gives them; no other is read.
+
+        Raises:
+            IndexError: one of them does not lie within the file.
+        """
+        return self._numbers(self._mapped(self._length)[index])
 
     def crc32(self, start: int, count: int) -> tuple[int, int]:
         """Checksum of ``count`` records from ``start`` on, read in small pieces.
@@ -229,9 +236,18 @@ class CtxFile:
                 offset += len(piece)
                 left -= len(piece)
 
+    def _numbers(self, records: Tensor) -> Tensor:
+        return dequantize(records) if self.header.dtype is CtxDtype.INT8 else records
+
+    def _mapped(self, length: int) -> Tensor:
+        """The map of the file, with at least ``length`` records."""
+        if self._view is None or self._view.shape[0] < length:
+            self._view = self._map_all()
+        return self._view
+
     def _map_all(self) -> Tensor:
         header = self.header
-        shape = (self._length, header.width) if header.width else (self._length,)
+        shape = (self._length, *header.record_shape)
         dtype = _NUMPY_DTYPES[header.dtype]
         if self._length == 0:
             return _as_tensor(np.empty(shape, dtype), header.dtype)

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Final
 
 from megacontext.errors import ConfigError, CorruptMemoryError, MemoryVersionError
+from megacontext.memory.number_formats import SCALE_BYTES
 
 HEADER_BYTES: Final = 64
 MAGIC: Final = 0x4D434354
 CTX_VERSION: Final = 1
+INT8_VERSION: Final = 2
+"""Version of files whose records are int8 with a scale; all others are still of version 1."""
 
 _FIELDS = struct.Struct("<IHHHHH32s")
 _CRC = struct.Struct("<I")
@@ -24,16 +27,17 @@ _U16_MAX = 0xFFFF
 
 
 class CtxDtype(IntEnum):
-    """Number format of the records."""
+    """Number format of the records; those of ``INT8`` begin with a scale."""
 
     U32 = 0
     FP16 = 1
     BF16 = 2
+    INT8 = 3
 
     @property
     def itemsize(self) -> int:
         """Bytes per number."""
-        return 4 if self is CtxDtype.U32 else 2
+        return {CtxDtype.U32: 4, CtxDtype.INT8: 1}.get(self, 2)
 
 
 def fit_model_name(name: str) -> str:
@@ -94,13 +98,26 @@ class CtxHeader:
     @property
     def record_bytes(self) -> int:
         """Bytes per record."""
-        return max(self.width, 1) * self.dtype.itemsize
+        scale = SCALE_BYTES if self.dtype is CtxDtype.INT8 else 0
+        return scale + max(self.width, 1) * self.dtype.itemsize
+
+    @property
+    def record_shape(self) -> tuple[int, ...]:
+        """Shape of a record as an array: a token, numbers, or the bytes of an int8 record."""
+        if self.dtype is CtxDtype.INT8:
+            return (self.record_bytes,)
+        return (self.width,) if self.width else ()
+
+    @property
+    def version(self) -> int:
+        """Version of the format."""
+        return INT8_VERSION if self.dtype is CtxDtype.INT8 else CTX_VERSION
 
     def pack(self) -> bytes:
         """The 64 bytes."""
         fields = _FIELDS.pack(
             MAGIC,
-            CTX_VERSION,
+            self.version,
             self.level,
             self.block_size,
             self.width,
@@ -131,10 +148,10 @@ class CtxHeader:
         (stored_crc,) = _CRC.unpack_from(raw, _FIELDS.size)
         if stored_crc != zlib.crc32(raw[: _FIELDS.size]):
             raise CorruptMemoryError("the header's checksum is wrong", path=path, offset=0)
-        if version != CTX_VERSION:
+        if not CTX_VERSION <= version <= INT8_VERSION:
             raise MemoryVersionError(
-                f"{path}: .ctx version {version}, this MegaContext reads version {CTX_VERSION}; "
-                "use the version of MegaContext that wrote it, or a newer one"
+                f"{path}: .ctx version {version}, this MegaContext reads versions {CTX_VERSION} "
+                f"to {INT8_VERSION}; use the version of MegaContext that wrote it, or a newer one"
             )
         padding_start = _FIELDS.size + _CRC.size
         if any(raw[padding_start:HEADER_BYTES]):
@@ -142,7 +159,10 @@ class CtxHeader:
                 "the header's padding is not zero", path=path, offset=padding_start
             )
         try:
-            return cls(level, block_size, width, CtxDtype(dtype), name.rstrip(b"\0").decode())
+            header = cls(level, block_size, width, CtxDtype(dtype), name.rstrip(b"\0").decode())
+            if header.version != version:
+                raise ConfigError(f"{header.dtype.name} records in a file of version {version}")
+            return header
         except (ValueError, ConfigError) as error:
             raise CorruptMemoryError(
                 f"the header makes no sense: {error}", path=path, offset=0

@@ -35,8 +35,10 @@ def header_for(identity: MemoryIdentity, kind: FileKind, level: int) -> CtxHeade
         "keys": identity.key_width,
         "fidelity": 1,
     }
-    vectors = CtxDtype.FP16 if identity.gist_dtype == "fp16" else CtxDtype.BF16
+    vectors = CtxDtype.BF16 if identity.gist_dtype == "bf16" else CtxDtype.FP16
     dtypes = {"tokens": CtxDtype.U32, "fidelity": CtxDtype.FP16}
+    if identity.gist_dtype == "int8":
+        dtypes["gists"] = CtxDtype.INT8  # keys are compared by the thousand, as they are stored
     return CtxHeader(
         level=level,
         block_size=identity.block_size,
@@ -180,12 +182,12 @@ class FileSet:
                 with storing(path, "remove"):
                     path.unlink()
 
-    def stored_bytes(self) -> dict[FileKind, int]:
-        """Committed bytes by kind, headers included."""
-        sizes: dict[FileKind, int] = {"tokens": 0, "gists": 0, "keys": 0, "fidelity": 0}
-        for growing in self._files.values():
-            sizes[growing.kind] += growing.file.offset(growing.file.length)
-        return sizes
+    def stored_bytes(self) -> dict[tuple[FileKind, int], int]:
+        """Committed bytes by kind and level, headers included."""
+        return {
+            place: growing.file.offset(growing.file.length)
+            for place, growing in self._files.items()
+        }
 
     def close(self) -> None:
         """Closes all files; mapped tensors stay usable."""

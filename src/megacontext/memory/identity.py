@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from megacontext.errors import ConfigError, InputError
 
-GistDtype = Literal["fp16", "bf16"]
+GistDtype = Literal["fp16", "bf16", "int8"]
 
 _U16_MAX: Final = 0xFFFF
 _REBUILDABLE: Final = frozenset({"gist_version", "gist_width", "key_width", "gist_dtype"})
@@ -25,7 +25,8 @@ class MemoryIdentity:
         block_size: tokens per block (``K``), 2 to 65535.
         gist_width: numbers per gist, 1 to 65535.
         key_width: numbers per lens key, 0 (none are stored) to 65535.
-        gist_dtype: number format of gists and keys on disk.
+        gist_dtype: number format of gists and keys on disk; with ``int8`` keys are fp16. Whoever
+            reads them need not know.
 
     Raises:
         ConfigError: a value is out of range.
@@ -49,21 +50,25 @@ class MemoryIdentity:
                 raise ConfigError(
                     f"memory identity: {name} is {value}, allowed are {low} to {_U16_MAX}"
                 )
-        if self.gist_dtype not in ("fp16", "bf16"):
+        if self.gist_dtype not in get_args(GistDtype):
             raise ConfigError(
-                f"memory identity: gist_dtype is {self.gist_dtype!r}, allowed are 'fp16' and 'bf16'"
+                f"memory identity: gist_dtype is {self.gist_dtype!r}, allowed are "
+                f"{', '.join(map(repr, get_args(GistDtype)))}"
             )
         if "\0" in self.base_model:
             raise ConfigError("memory identity: base_model must not contain a zero character")
 
     def explain_difference(self, expected: MemoryIdentity) -> str | None:
-        """Says how this differs from what is expected and what to do; ``None`` if it does not."""
+        """Says how this differs from what is expected and what to do; ``None`` if it does not.
+
+        The number format may differ: gists of any are read as floats.
+        """
         differing = [
             field.name
             for field in fields(self)
             if getattr(self, field.name) != getattr(expected, field.name)
         ]
-        if not differing:
+        if {"gist_dtype"}.issuperset(differing):
             return None
         listed = ", ".join(
             f"{name} is {getattr(self, name)!r}, expected {getattr(expected, name)!r}"
@@ -124,9 +129,29 @@ class SourceRecord(Source):
         start: its first token.
         end: the token behind its last one.
         ingested_at: when its first token was committed, in seconds since 1970.
+        complete: whether its last token is in; ``False`` where it was cut off, see
+            :class:`SourcePart`.
     """
 
     id: int
     start: int
     end: int
     ingested_at: float
+    complete: bool = True
+
+
+@dataclass(frozen=True)
+class SourcePart:
+    """Consecutive tokens of one append that come from one source.
+
+    Args:
+        source_id: the source's number, or ``None`` for tokens without any.
+        count: how many tokens, at least 1.
+        more: whether more of the source is to follow. Until it does the source is incomplete;
+            an append that ends it also ends incomplete sources with its URI and SHA-256, which are
+            earlier stretches of the same text.
+    """
+
+    source_id: int | None
+    count: int
+    more: bool = False

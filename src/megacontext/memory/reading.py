@@ -82,12 +82,30 @@ class ReadableMemory:
         return self._read("tokens", 0, start, stop, 0, torch.int32)
 
     def gists(self, level: int, start: int = 0, stop: int | None = None) -> Tensor:
-        """Gists ``[stop - start, gist_width]`` float16 or bfloat16, a view on the memory map.
+        """Gists ``[stop - start, gist_width]``: a view on the memory map, float16 or bfloat16.
+
+        Those stored as int8 are read as new float32 numbers: ask for as many as you need, or for
+        single ones with :meth:`gists_at`.
 
         Raises:
             InputError: the level or the range does not lie within the memory.
         """
-        return self._read("gists", level, start, stop, self.identity.gist_width, self._gist_dtype)
+        int8 = self.identity.gist_dtype == "int8"
+        dtype = torch.float32 if int8 else self._vector_dtype
+        return self._read("gists", level, start, stop, self.identity.gist_width, dtype)
+
+    def gists_at(self, level: int, index: Tensor) -> Tensor:
+        """The gists at ``index`` ``[m]`` int64: ``[m, gist_width]`` float32, no other is read.
+
+        Raises:
+            InputError: there is no such level, or a gist does not lie within the memory.
+        """
+        self._check_open()
+        file = self._files.get("gists", level)
+        count = self.count(level)
+        if not level or file is None or bool(((index < 0) | (index >= count)).any()):
+            raise InputError(f"{self.path}: no such gists of level {level}; there are {count}")
+        return file.take(index).float()
 
     def keys(self, level: int, start: int = 0, stop: int | None = None) -> Tensor:
         """Lens keys ``[stop - start, key_width]`` float16 or bfloat16, a view on the memory map.
@@ -97,7 +115,7 @@ class ReadableMemory:
         """
         if not self.identity.key_width:
             raise InputError(f"{self.path}: this memory stores no lens keys (its key_width is 0)")
-        return self._read("keys", level, start, stop, self.identity.key_width, self._gist_dtype)
+        return self._read("keys", level, start, stop, self.identity.key_width, self._vector_dtype)
 
     @property
     def keys_file(self) -> str | None:
@@ -188,11 +206,17 @@ class ReadableMemory:
         return self._catalog.lexical.idf(words, n_blocks=self.count(1), generation=self.generation)
 
     def stats(self) -> dict[str, Any]:
-        """Sizes: ``tokens``, ``levels`` (records per level), ``sources``, ``bytes`` per part and
-        their total per token (``bytes_per_token``, 0 for an empty memory).
+        """Sizes: ``tokens``, ``levels`` (records per level), ``sources``, ``bytes`` per part, with
+        those of every level in ``level_bytes`` (``gists.L1``, ``keys.L1``, …), and their total per
+        token (``bytes_per_token``, 0 for an empty memory). The catalog holds the lexical index.
         """
         self._check_open()
-        parts: dict[str, int] = {**self._files.stored_bytes()}
+        parts = {"tokens": 0, "gists": 0, "keys": 0, "fidelity": 0}
+        levels: dict[str, int] = {}
+        for (kind, level), size in sorted(self._files.stored_bytes().items()):
+            parts[kind] += size
+            if level:
+                levels[f"{kind}.L{level}"] = size
         parts["catalog"] = self._catalog.stored_bytes()
         parts["key_index"] = index_bytes(self.path)
         return {
@@ -200,6 +224,7 @@ class ReadableMemory:
             "levels": [self.count(level) for level in range(self.n_levels)],
             "sources": self._catalog.count_sources(self.n_tokens),
             "bytes": parts,
+            "level_bytes": levels,
             "bytes_per_token": sum(parts.values()) / self.n_tokens if self.n_tokens else 0.0,
         }
 
@@ -208,8 +233,8 @@ class ReadableMemory:
         return next((file for file in files if (file.kind, file.level) == ("keys", 1)), None)
 
     @property
-    def _gist_dtype(self) -> torch.dtype:
-        return torch.float16 if self.identity.gist_dtype == "fp16" else torch.bfloat16
+    def _vector_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.identity.gist_dtype == "bf16" else torch.float16
 
     def _read(
         self,

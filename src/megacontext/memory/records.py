@@ -15,6 +15,7 @@ from megacontext.memory.catalog_rows import FileKind
 from megacontext.memory.ctx_header import CtxDtype
 from megacontext.memory.file_set import header_for
 from megacontext.memory.identity import MemoryIdentity
+from megacontext.memory.number_formats import quantize
 
 
 class Records(NamedTuple):
@@ -161,7 +162,13 @@ def token_records(tokens: Tensor) -> npt.NDArray[np.int32]:
 def _vectors(values: Tensor, dtype: CtxDtype, kind: FileKind, level: int) -> npt.NDArray[Any]:
     """Converts ``[n, width]`` numbers; fidelity may be NaN, which means that it is not known."""
     values = values.detach().to(device="cpu")
-    converted = values.to(torch.float16 if dtype is CtxDtype.FP16 else torch.bfloat16).contiguous()
+    if dtype is CtxDtype.INT8:
+        values = values.float()
+    converted = (
+        values
+        if dtype is CtxDtype.INT8
+        else values.to(torch.float16 if dtype is CtxDtype.FP16 else torch.bfloat16).contiguous()
+    )
     usable = ~torch.isinf(converted) if kind == "fidelity" else torch.isfinite(converted)
     if not bool(usable.all()):
         row = int((~usable).any(dim=1).nonzero()[0, 0])
@@ -169,6 +176,8 @@ def _vectors(values: Tensor, dtype: CtxDtype, kind: FileKind, level: int) -> npt
             f"append: {kind} of level {level}, row {row}, holds a number that is not finite as "
             f"{dtype.name}; scale it down, or look for where it comes from"
         )
+    if dtype is CtxDtype.INT8:
+        return quantize(converted).numpy()
     return converted.view(torch.uint16).numpy() if dtype is CtxDtype.BF16 else converted.numpy()
 
 

@@ -20,7 +20,13 @@ from megacontext.errors import (
 from megacontext.memory.catalog import Catalog
 from megacontext.memory.catalog_rows import Snapshot, SourceRange
 from megacontext.memory.file_set import FileSet, header_for
-from megacontext.memory.identity import GistDtype, MemoryIdentity, Source, SourceRecord
+from megacontext.memory.identity import (
+    GistDtype,
+    MemoryIdentity,
+    Source,
+    SourcePart,
+    SourceRecord,
+)
 from megacontext.memory.key_index_file import remove_lists
 from megacontext.memory.lock import WriterLock
 from megacontext.memory.opening import (
@@ -147,6 +153,7 @@ class Memory(ReadableMemory):
         fidelity: Mapping[int, Tensor] | None = None,
         block_texts: Sequence[str] = (),
         source_id: int | None = None,
+        parts: Sequence[SourcePart] = (),
     ) -> tuple[int, int]:
         """Commits tokens together with the gists of every span they complete, or nothing at all.
 
@@ -156,14 +163,15 @@ class Memory(ReadableMemory):
             keys: per level ``[m, key_width]``; empty if the memory stores none.
             fidelity: per level ``[m]``; NaN is stored where it is not given.
             block_texts: text of each newly complete block, for :meth:`search_blocks`; or none.
-            source_id: number from :meth:`begin_source`; the tokens extend that source.
+            source_id: number from :meth:`begin_source`; the tokens extend and complete that source.
+            parts: instead of it, for tokens of several sources, or of one that is to go on.
 
         Returns:
             The range of tokens appended.
 
         Raises:
-            InvariantError: gists, keys or texts do not match the completed spans, or the source
-                has tokens that are not the newest ones.
+            InvariantError: gists, keys or texts do not match the completed spans, or parts the
+                tokens; or a source has tokens that are not the newest ones.
             InputError: a token id is out of range, a number is not finite, the source is unknown.
             StorageFullError, MemoryStoreError: the disk failed; the memory is as it was before.
         """
@@ -174,7 +182,7 @@ class Memory(ReadableMemory):
         start, stop = self.n_tokens, self.n_tokens + tokens.shape[0]
         if start == stop:
             return start, stop
-        source = self._source_range(source_id, start, stop)
+        sources = self._source_ranges(parts or [SourcePart(source_id, stop - start)], start, stop)
         try:
             for kind, level, values in records:
                 if self._files.get(kind, level) is None:
@@ -186,14 +194,14 @@ class Memory(ReadableMemory):
                 self._files.sync(),
                 texts=block_texts,
                 first_block=self.count(1),
-                source=source,
+                sources=sources,
             )
             self._show()
         except BaseException:
             self._recover()
             raise
         acknowledge(self.path, self._snapshot)
-        if source is not None:
+        for source in sources:
             self._pending.pop(source.id, None)
         return start, stop
 
@@ -331,11 +339,28 @@ class Memory(ReadableMemory):
     ) -> None:
         self.close()
 
-    def _source_range(self, source_id: int | None, start: int, stop: int) -> SourceRange | None:
-        if source_id is None:
-            return None
+    def _source_ranges(
+        self, parts: Sequence[SourcePart], start: int, stop: int
+    ) -> list[SourceRange]:
+        """Where each source's tokens lie among those from ``start`` to ``stop``."""
+        numbers = [part.source_id for part in parts if part.source_id is not None]
+        counts = [part.count for part in parts]
+        if sum(counts) != stop - start or min(counts) < 1 or len(set(numbers)) < len(numbers):
+            raise InvariantError(
+                f"append: {stop - start} tokens given, but parts of {counts} tokens of sources "
+                f"{numbers}; give each source once, with the tokens that are its own"
+            )
+        ranges: list[SourceRange] = []
+        for part in parts:
+            if part.source_id is not None:
+                end = start + part.count
+                ranges.append(self._source_range(part.source_id, start, end, part.more))
+            start += part.count
+        return ranges
+
+    def _source_range(self, source_id: int, start: int, stop: int, more: bool) -> SourceRange:
         if source_id in self._pending:
-            return SourceRange(source_id, self._pending[source_id], start, stop, new=True)
+            return SourceRange(source_id, self._pending[source_id], start, stop, True, more)
         record = self._catalog.source(source_id)
         if record is None:
             raise InputError(f"{self.path}: no source {source_id}; begin_source makes one")
@@ -344,7 +369,7 @@ class Memory(ReadableMemory):
                 f"{self.path}: source {source_id} ends at token {record.end}, the memory at "
                 f"{start}; other tokens have followed it, begin a new source"
             )
-        return SourceRange(source_id, record, record.start, stop, new=False)
+        return SourceRange(source_id, record, record.start, stop, False, more)
 
     def _show(self) -> None:
         self._snapshot = show_latest(self._catalog, self._files, self.path, self._expect)

@@ -42,6 +42,10 @@ class Looks:
     query: Tensor | None
     again: str
 
+    def behind(self, said: Tensor) -> Tensor | None:
+        """The query behind an answer of tokens ``said [a]`` so far."""
+        return None if self.query is None else torch.cat((self.query, said))
+
     def after(self, base: BaseModel, said: Tensor) -> bool:
         """Whether to look again behind an answer of tokens ``said [a]`` so far."""
         if not self.again:

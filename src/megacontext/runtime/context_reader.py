@@ -137,5 +137,5 @@ class ContextReader:
         gists = torch.empty(len(levels), self.memory.identity.gist_width)
         for level in torch.unique(levels).tolist():
             here = levels == level
-            gists[here] = self.memory.gists(level)[starts[here] // block_size**level].float()
+            gists[here] = self.memory.gists_at(level, starts[here] // block_size**level)
         return gists

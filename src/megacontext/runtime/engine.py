@@ -46,6 +46,8 @@ class EngineConfig(FrozenConfig):
     Attributes:
         budget: ``W``, the most token-equivalents that context, prompt and answer cost together.
         tail_tokens: newest tokens that are always raw.
+        asked_tail_tokens: the same while a question is answered that is not remembered, if that is
+            less: what came last is no likelier to tell than anything else, and stands in between.
         gist_slots: ``S``, entries that a gist is read as and costs; by default all that the GistNet
             gives. Fewer leave room for more spans, each read less exactly.
         positions: ``packed`` or ``timeline``.
@@ -62,6 +64,7 @@ class EngineConfig(FrozenConfig):
 
     budget: int = Field(default=1024, ge=64)
     tail_tokens: int = Field(default=256, ge=0)
+    asked_tail_tokens: int = Field(default=64, ge=0)
     gist_slots: int | None = Field(default=None, ge=1)
     positions: PositionPolicy = "packed"
     kv: KVMode = "exact"
@@ -173,6 +176,7 @@ class Engine:
             gist_cost=self.config.gist_slots or self.gistnet.cost,
             query_tokens=self.config.query_tokens,
             keep_records=self.config.keep_records,
+            asked_tail_tokens=self.config.asked_tail_tokens,
             kv=self.config.kv,
         )
         self._decoded: deque[DecodedToken] = deque(maxlen=self.config.keep_records)
@@ -257,7 +261,7 @@ class Engine:
             ConfigError: the query does not fit beside the coarsest context.
         """
         pending = self.base.encode(query)
-        return self.focus.refocus(pending, reserve=len(pending) + reserve, reason="request")
+        return self.focus.refocus(pending, asking=len(pending), reserve=len(pending) + reserve)
 
     def generate(
         self,
@@ -347,9 +351,10 @@ class Engine:
                     self._commit(answer.certain[self.memory.n_tokens - start :])
                 pending = answer.said[self.memory.n_tokens - start :]
                 rounds = self.config.refocus_rounds if again or not count else 1
-                asked = looks.query
-                asked = None if asked is None else torch.cat((asked, answer.said[n_prompt:]))
-                logits = self._focus_and_read(reading, pending, len(answer.said), rounds, asked)
+                said = answer.said[n_prompt:]
+                logits = self._focus_and_read(
+                    reading, pending, len(answer.said), rounds, looks.behind(said), len(said)
+                )
             else:
                 logits = reading.step(answer.said[-1:])
             token = sampler.choose(logits, answer.said)
@@ -455,6 +460,7 @@ class Engine:
         asking: int,
         rounds: int,
         query: Tensor | None,
+        written: int,
     ) -> Tensor:
         """Refocuses, then reads what changed; logits ``[vocab]`` of what follows."""
         if self.context.cursor + len(pending) == 0:
@@ -473,6 +479,7 @@ class Engine:
                 pending,
                 asking=asking,
                 query=query,
+                written=written,
                 reserve=reserve,
                 reason="decode",
                 cached=reading.window,

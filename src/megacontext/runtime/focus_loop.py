@@ -18,7 +18,7 @@ from megacontext.runtime.focus_allocator import FocusAllocator
 from megacontext.runtime.focus_metrics import FocusMeter
 from megacontext.runtime.focus_policies import FocusPolicy, FocusView
 from megacontext.runtime.focus_scores import AllocatorState, Edit, FocusPlan, FocusScores
-from megacontext.runtime.reading import KVMode
+from megacontext.runtime.reading import KVMode, is_edited
 from megacontext.runtime.working_context import WorkingContext
 from megacontext.telemetry import Span, Telemetry
 
@@ -65,6 +65,7 @@ class FocusLoop:
         gist_cost: ``S``.
         query_tokens: how many of the newest tokens ask.
         keep_records: how many records to keep.
+        asked_tail_tokens: the same for a question of its own, if that is less.
         kv: what the base computes again after an edit, for telemetry.
     """
 
@@ -82,6 +83,7 @@ class FocusLoop:
         gist_cost: int,
         query_tokens: int,
         keep_records: int,
+        asked_tail_tokens: int | None = None,
         kv: KVMode = "exact",
     ) -> None:
         self.base = base
@@ -91,6 +93,9 @@ class FocusLoop:
         self.allocator = allocator
         self.telemetry = telemetry
         self.query_tokens = query_tokens
+        self.asked_tail_tokens = (
+            tail_tokens if asked_tail_tokens is None else min(asked_tail_tokens, tail_tokens)
+        )
         self.kv: KVMode = kv
         self.context = WorkingContext.initial(
             memory.n_tokens,
@@ -117,7 +122,7 @@ class FocusLoop:
             )
         if cursor - context.cursor > context.budget:
             # Everything raw so far leaves the window anyway: start from the coarsest tiling.
-            context = self._coarsest(cursor)
+            context = _coarsest(context, cursor)
         else:
             context = context.extend(cursor - context.cursor)
         if context.cost > context.budget - reserve:
@@ -130,6 +135,7 @@ class FocusLoop:
         *,
         asking: int = 0,
         query: Tensor | None = None,
+        written: int = 0,
         reserve: int = 0,
         reason: FocusReason = "request",
         cached: WorkingContext | None = None,
@@ -141,6 +147,7 @@ class FocusLoop:
             asking: how many of the newest tokens, pending or not, are prompt and answer; 0: the
                 pending ones. At most ``query_tokens`` of them ask; without any, history does.
             query: ``[q]`` int64, tokens that ask instead of those.
+            written: how many of the newest pending tokens are answer.
             reserve: token-equivalents to keep free for pending and coming tokens.
             reason: why, for telemetry; only after ``decode`` the base reads the outcome.
             cached: the context whose keys and values are known, for telemetry; none if ``None``.
@@ -155,7 +162,7 @@ class FocusLoop:
             # A policy may read the context, and this one is too long for the base to read.
             made = self._make_room(before, reserve)
             self.context, room = made.context, made.edits
-        scores = self.policy.score(self.view(pending, asking, query))
+        scores = self.policy.score(self.view(pending, asking, query, written))
         scored = time.perf_counter()
         plan = self.allocator.plan(self.context, scores, self.state, reserve)
         plan = FocusPlan(room + plan.edits, plan.context, plan.state)
@@ -180,8 +187,9 @@ class FocusLoop:
         return self.context, self.state
 
     def start_over(self) -> None:
-        """Collapses to the coarsest legal tiling; the records stay."""
-        self.context = self._coarsest(self.context.cursor)
+        """Collapses to the coarsest legal tiling, for a question of its own; the records stay."""
+        context = replace(self.context, tail_tokens=self.asked_tail_tokens)
+        self.context = _coarsest(context, context.cursor)
 
     def return_to(self, mark: tuple[WorkingContext, AllocatorState]) -> None:
         """Takes back the edits since a mark; rounds go on counting, so that records stay apart.
@@ -199,26 +207,28 @@ class FocusLoop:
         self.context = context
         self.state = replace(state, round=self.state.round, rounds=state.rounds + passed)
 
-    def view(self, pending: Tensor, asking: int = 0, query: Tensor | None = None) -> FocusView:
+    def view(
+        self, pending: Tensor, asking: int = 0, query: Tensor | None = None, written: int = 0
+    ) -> FocusView:
         """What the policy may look at now; see :meth:`refocus`."""
-        if query is not None:
-            return FocusView(self.context, self.memory, self.base, self.reader, query, pending)
-        cursor = self.context.cursor
-        wanted = min(asking or len(pending) or self.query_tokens, self.query_tokens)
-        query = pending[max(0, len(pending) - wanted) :]
-        if len(query) < wanted:
-            start = max(0, cursor + len(pending) - wanted)
-            query = torch.cat((self.memory.tokens(start, cursor).long(), query))
-        return FocusView(self.context, self.memory, self.base, self.reader, query, pending)
-
-    def _coarsest(self, cursor: int) -> WorkingContext:
-        context = self.context
-        return WorkingContext.initial(
-            cursor,
-            block_size=context.block_size,
-            gist_cost=context.gist_cost,
-            budget=context.budget,
-            tail_tokens=context.tail_tokens,
+        # A long answer goes on like any text: its beginning no longer asks.
+        asked = query is not None or written < min(asking, self.query_tokens)
+        if query is None:
+            cursor = self.context.cursor
+            wanted = min(asking or len(pending) or self.query_tokens, self.query_tokens)
+            query = pending[max(0, len(pending) - wanted) :]
+            if len(query) < wanted:
+                start = max(0, cursor + len(pending) - wanted)
+                query = torch.cat((self.memory.tokens(start, cursor).long(), query))
+        return FocusView(
+            self.context,
+            self.memory,
+            self.base,
+            self.reader,
+            query,
+            pending,
+            asked=asked,
+            written=min(written, len(pending)),
         )
 
     def _make_room(self, context: WorkingContext, reserve: int) -> FocusPlan:
@@ -228,6 +238,8 @@ class FocusLoop:
     def _recomputed(self, cached: WorkingContext | None, pending: Tensor) -> int:
         """Rows to compute: from the first changed entry on, or in ``incremental`` the new ones."""
         context = self.context
+        if cached is not None and not is_edited(cached, context):
+            return 1  # what stands behind it was read token by token
         anew = torch.ones(len(context), dtype=torch.bool)
         if cached is not None and self.kv == "incremental":
             anew = ~torch.isin(context.keys, cached.keys)
@@ -285,6 +297,16 @@ class FocusLoop:
             reason=reason,
             ms=(time.perf_counter() - started) * 1000,
         )
+
+
+def _coarsest(context: WorkingContext, cursor: int) -> WorkingContext:
+    return WorkingContext.initial(
+        cursor,
+        block_size=context.block_size,
+        gist_cost=context.gist_cost,
+        budget=context.budget,
+        tail_tokens=context.tail_tokens,
+    )
 
 
 def _best(scores: FocusScores) -> tuple[tuple[int, float], ...]:

@@ -34,6 +34,10 @@ class FocusView:
         query: ``[q]`` int64. If the caller gave none, the newest of all tokens, pending ones
             included: the end of prompt and answer if there are any, else of history.
         pending: ``[p]`` int64, tokens behind the cursor which are not in the memory yet.
+        asked: whether the query is a question, or holds some of a prompt: somebody waits for an
+            answer, and looking may cost more than it may while a text goes on.
+        written: how many of the newest pending tokens the model wrote itself, in answer to the
+            others.
     """
 
     context: WorkingContext
@@ -42,6 +46,8 @@ class FocusView:
     reader: ContextReader
     query: Tensor
     pending: Tensor
+    asked: bool = False
+    written: int = 0
 
     @property
     def n_proposable(self) -> int:

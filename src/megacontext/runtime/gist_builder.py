@@ -10,13 +10,13 @@ from torch import Tensor
 from megacontext.gistnet import GistNet
 from megacontext.lensnet import LensNet
 from megacontext.memory import Memory
+from megacontext.memory.number_formats import as_stored
 from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.gist_features import GistFeatures, encode_blocks
 
 # The newest tokens of the block before join a block's index text, so that a word cut by the border
 # is found whole and a sentence that starts just before it is found with its end.
 OVERLAP_TOKENS = 8
-_STORED = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,11 @@ class GistBuilder:
 
         # Gists are made from children as they are stored: what a level holds must not depend on how
         # the text was cut into commits.
-        stored = _STORED[memory.identity.gist_dtype]
+        dtype = memory.identity.gist_dtype
         made = encode_blocks(self.features, self.gistnet, read, first, first + count)
         lead = read(max(0, first * size - OVERLAP_TOKENS), first * size)
         told = overlapping_blocks(lead, tokens[: count * size], size)
-        self._add(built, 1, made.vectors.to("cpu", stored), made.fidelity.cpu(), told)
+        self._add(built, 1, as_stored(made.vectors.cpu(), dtype), made.fidelity.cpu(), told)
         built.block_texts.extend(self.base.decode_batch([row[row >= 0].tolist() for row in told]))
         total = memory.n_tokens + len(new_tokens)
         level, width = 2, size**2
@@ -89,7 +89,7 @@ class GistBuilder:
             )
             whole = total // width * size - start
             made = self.gistnet.encode_level(children[:whole].to(self.base.device), level)
-            self._add(built, level, made.vectors.to("cpu", stored), made.fidelity.cpu())
+            self._add(built, level, as_stored(made.vectors.cpu(), dtype), made.fidelity.cpu())
             level, width = level + 1, width * size
         return built
 

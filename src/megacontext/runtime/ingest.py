@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from megacontext.errors import InputError
-from megacontext.memory import Memory, Source
+from megacontext.memory import Memory, Source, SourcePart
+from megacontext.memory.file_set import header_for
 from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.gist_builder import BuiltGists, GistBuilder
 from megacontext.runtime.text_pieces import text_pieces
 from megacontext.telemetry import Telemetry
 
 Progress = Callable[[int], None]
+ItemT = TypeVar("ItemT")
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class Ingestor:
 
         Args:
             text: any Unicode text.
-            source: where it came from; recorded with the range of its tokens.
+            source: where it came from; recorded with the range of its tokens. It is incomplete
+                until the last of them is committed.
             progress: called with the number of tokens of every commit.
 
         Raises:
@@ -71,8 +75,8 @@ class Ingestor:
         """
         start = self.memory.n_tokens
         source_id = self.memory.begin_source(source) if source is not None else None
-        for tokens in self.token_chunks(text, self.chunk_tokens):
-            self.append(tokens, source_id, progress)
+        for tokens, more in with_more(self.token_chunks(text, self.chunk_tokens)):
+            self.append(tokens, source_id, progress, more=more)
         return Ingested(start, self.memory.n_tokens)
 
     def ingest_tokens(
@@ -116,35 +120,70 @@ class Ingestor:
             yield torch.cat(held)
 
     def append(
-        self, tokens: Tensor, source_id: int | None = None, progress: Progress | None = None
+        self,
+        tokens: Tensor,
+        source_id: int | None = None,
+        progress: Progress | None = None,
+        *,
+        more: bool = False,
     ) -> None:
         """Appends token ids ``[n]``, one commit per ``chunk_tokens``.
+
+        Args:
+            tokens: int64 or int32.
+            source_id: number from :meth:`Memory.begin_source`.
+            progress: called with the number of tokens of every commit.
+            more: whether more of the source is to follow.
 
         Raises:
             InputError: an id lies outside the base model's vocabulary; nothing is appended.
             MemoryStoreError: a commit failed; all commits before it stand.
         """
+        self._check_vocabulary(tokens)
+        for chunk, follows in with_more(tokens.split(self.chunk_tokens)):
+            self._commit(chunk, [SourcePart(source_id, len(chunk), follows or more)])
+            if progress is not None:
+                progress(len(chunk))
+
+    def append_parts(self, tokens: Tensor, parts: Sequence[SourcePart]) -> None:
+        """Appends token ids ``[n]`` of several sources in one commit.
+
+        Args:
+            tokens: int64 or int32, at least one.
+            parts: where they come from.
+
+        Raises:
+            InputError: an id lies outside the base model's vocabulary; nothing is appended.
+            InvariantError: the parts do not match the tokens; nothing is appended.
+            MemoryStoreError: the commit failed; nothing is appended.
+        """
+        self._check_vocabulary(tokens)
+        self._commit(tokens, parts)
+
+    def _check_vocabulary(self, tokens: Tensor) -> None:
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.base.vocab_size:
             raise InputError(
                 f"{self.base.name}: token ids must lie in 0…{self.base.vocab_size - 1}; was the "
                 "text tokenized for another model?"
             )
-        for chunk in tokens.split(self.chunk_tokens):
-            started = time.perf_counter()
-            built = self.builder.build(self.memory, chunk)
-            gist_ms = (time.perf_counter() - started) * 1000
-            start = self.memory.n_tokens
-            self.memory.append(
-                chunk,
-                built.gists,
-                built.keys,
-                fidelity=built.fidelity,
-                block_texts=built.block_texts,
-                source_id=source_id,
-            )
-            self._report(start, len(chunk), built, gist_ms, started, source_id)
-            if progress is not None:
-                progress(len(chunk))
+
+    def _commit(self, tokens: Tensor, parts: Sequence[SourcePart]) -> None:
+        if not len(tokens):
+            return
+        started = time.perf_counter()
+        built = self.builder.build(self.memory, tokens)
+        gist_ms = (time.perf_counter() - started) * 1000
+        start = self.memory.n_tokens
+        self.memory.append(
+            tokens,
+            built.gists,
+            built.keys,
+            fidelity=built.fidelity,
+            block_texts=built.block_texts,
+            parts=parts,
+        )
+        source_id = parts[0].source_id if len(parts) == 1 else None
+        self._report(start, len(tokens), built, gist_ms, started, source_id)
 
     def _report(
         self,
@@ -167,8 +206,10 @@ class Ingestor:
         self.telemetry.ingest(
             generation=generation, start=start, tokens=count, ms=ms, source_id=source_id
         )
-        halves = (*built.gists.values(), *built.keys.values(), *built.fidelity.values())
+        halves = (*built.keys.values(), *built.fidelity.values())
+        gist_bytes = header_for(self.memory.identity, "gists", 1).record_bytes
         written = count * 4 + sum(values.numel() * 2 for values in halves)
+        written += sum(len(vectors) for vectors in built.gists.values()) * gist_bytes
         self.telemetry.commit(
             generation=generation,
             tokens=self.memory.n_tokens,
@@ -176,3 +217,22 @@ class Ingestor:
             bytes_written=written,
             ms=ms - gist_ms,
         )
+
+
+def with_more(items: Iterable[ItemT]) -> Iterator[tuple[ItemT, bool]]:
+    """Items, and whether another one follows.
+
+    Where ``items`` fails, the last one is still given, as one that others should have followed.
+    """
+    held: list[ItemT] = []
+    try:
+        for item in items:
+            if held:
+                yield held.pop(), True
+            held.append(item)
+    except BaseException:
+        if held:
+            yield held.pop(), True
+        raise
+    if held:
+        yield held.pop(), False

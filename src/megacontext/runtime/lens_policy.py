@@ -16,7 +16,8 @@ from megacontext.lensnet import (
     entry_legality,
     span_features,
 )
-from megacontext.memory import KeyIndex, KeyIndexConfig
+from megacontext.memory import KeyIndex, KeyIndexConfig, Memory
+from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.focus_policies import (
     FocusView,
     LexicalPolicy,
@@ -25,10 +26,13 @@ from megacontext.runtime.focus_policies import (
     spread,
 )
 from megacontext.runtime.focus_scores import FocusScores
+from megacontext.runtime.query_likelihood import QueryLikelihood
 from megacontext.runtime.working_context import WorkingContext
 
 # Newest rows whose attention is read, as by the attention policy.
 _ASKING_ROWS = 16
+# Keys compared at a time: as float32 they stay in a processor's cache, which halves the search.
+_KEYS_AT_ONCE = 8_192
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +43,32 @@ class _Proposed:
     lexical: Tensor
     learned: Tensor
     attention: Tensor
+    likelihood: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Searched:
+    """What a query found: further looks of one round of looks ask the same of the same history."""
+
+    base: BaseModel
+    memory: Memory
+    generation: int
+    cursor: int
+    n_proposable: int
+    query: Tensor
+    tail: TailStates
+    lexical: tuple[Tensor, Tensor]
+    learned: tuple[Tensor, Tensor]
+
+    def answers(self, view: FocusView) -> bool:
+        """Whether a view would find just this."""
+        asks = (view.memory.generation, view.context.cursor, view.n_proposable)
+        return (
+            view.memory is self.memory
+            and view.base is self.base
+            and asks == (self.generation, self.cursor, self.n_proposable)
+            and torch.equal(view.query, self.query)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,13 +92,16 @@ class LensPolicy:
     """LensNet over the working entries and over what several indices propose.
 
     They are the lexical index, the lens's own keys and, where the lens reads it, the base model's
-    attention to the gists of the window.
+    attention to the gists of the window. Where somebody asks, the base model reads the best of them
+    with the question, if the lens is told how likely they make it.
 
     Args:
         lens: the scorer.
         proposals: most blocks each index proposes.
         relative_floor: what scores below this share of the best proposal is not asked for:
             scores say what a block is worth alone, not how much it distracts beside others.
+        calm_nats: while nobody asks, what scores below this is not asked for, and raw blocks make
+            room by age alone: what comes next in a text is seldom told far back.
         neighbour_share: of a proposal's score that the block before it and the one behind it get at
             least, as with BM25.
         key_index: how keys are searched once they are many.
@@ -82,16 +115,20 @@ class LensPolicy:
         *,
         proposals: int = 16,
         relative_floor: float = 0.45,
+        calm_nats: float = 4.0,
         neighbour_share: tuple[float, float] = (0.5, 0.8),
         key_index: KeyIndexConfig | None = None,
     ) -> None:
         self.lens = lens
         self.proposals = proposals
         self.relative_floor = relative_floor
+        self.calm_nats = calm_nats
         self.neighbour_share = neighbour_share
         self._key_config = key_index
         self._keys: KeyIndex | None = None
+        self._searched: _Searched | None = None
         self._lexical = LexicalPolicy(proposals=proposals, nats_per_point=1.0)
+        self._likelihood = QueryLikelihood()
 
     @torch.inference_mode()
     def score(self, view: FocusView) -> FocusScores:
@@ -106,6 +143,9 @@ class LensPolicy:
         n_old = context.raw_start // context.block_size
         blocks, worth = spread(inputs.blocks, worth, self.neighbour_share, n_old)
         least = self.relative_floor * float(worth[0]) if len(worth) else 0.0
+        if not view.asked:
+            least = max(least, self.calm_nats)
+            signed = signed.clamp(min=0.0)
         proposed = proposals_to_scores(context, blocks, worth.masked_fill(worth < least, 0.0))
         kept = proposed.entry_utility
         # A gist's score was measured by opening it: that detail is not worth having there is no
@@ -121,12 +161,12 @@ class LensPolicy:
     def inputs(self, view: FocusView) -> LensInputs:
         """What the lens is given for a view of at least one entry."""
         context = view.context
-        hidden = view.base.features(view.query).float().cpu()[None]
-        tail = TailStates(hidden, torch.ones(hidden.shape[:2], dtype=torch.bool))
+        searched = self._search(view)
+        tail = searched.tail
         attention = torch.full((len(context),), torch.nan)
         if self.lens.config.reads_attention:
             attention = entry_attention(view, _ASKING_ROWS)
-        proposed = self._propose(view, tail, attention)
+        proposed = self._propose(view, searched, attention)
         blocks = proposed.blocks
         facts = self._entry_facts(view, attention)
         legality = entry_legality(
@@ -152,18 +192,55 @@ class LensPolicy:
         )
         return LensInputs(blocks, entries, cache, tail)
 
-    def _propose(self, view: FocusView, tail: TailStates, attention: Tensor) -> _Proposed:
+    def _search(self, view: FocusView) -> _Searched:
+        """What lexical index and keys find for the query, wherever the window stands."""
+        known = self._searched
+        if known is not None and known.answers(view):
+            return known
+        hidden = view.base.features(view.query).float().cpu()[None]
+        tail = TailStates(hidden, torch.ones(hidden.shape[:2], dtype=torch.bool))
+        self._searched = _Searched(
+            view.base,
+            view.memory,
+            view.memory.generation,
+            view.context.cursor,
+            view.n_proposable,
+            view.query.clone(),
+            tail,
+            self._lexical.search(view),
+            self._by_keys(view, tail),
+        )
+        return self._searched
+
+    def _propose(self, view: FocusView, searched: _Searched, attention: Tensor) -> _Proposed:
         """What any index proposes, raw blocks too."""
         context = view.context
-        found, points = self._lexical.search(view)
-        keyed, relevance = self._by_keys(view, tail)
+        found, points = searched.lexical
+        keyed, relevance = searched.learned
         attended = self._by_attention(context, attention)
         blocks = torch.unique(torch.cat((found, keyed, attended)))
         blocks = blocks[blocks * context.block_size < context.raw_start]
         mass = attention[context.indices_of(blocks * context.block_size)]
+        lexical, learned = _placed(blocks, found, points), _placed(blocks, keyed, relevance)
         return _Proposed(
-            blocks, _placed(blocks, found, points), _placed(blocks, keyed, relevance), mass
+            blocks, lexical, learned, mass, self._likelihoods(view, blocks, lexical, learned)
         )
+
+    def _likelihoods(
+        self, view: FocusView, blocks: Tensor, lexical: Tensor, learned: Tensor
+    ) -> Tensor:
+        """Nats that blocks make the question likelier; NaN but for the best of both indices."""
+        likelihood = torch.full((len(blocks),), torch.nan)
+        most = self.lens.config.likelihoods
+        if not view.asked or not most or not len(blocks):
+            return likelihood
+        # As the features say it: shares of the best, which can be compared.
+        points, near = lexical.nan_to_num(0.0), learned.nan_to_num(-torch.inf)
+        share = points / points.max().clamp(min=torch.finfo(points.dtype).tiny)
+        near = torch.where(near.isfinite(), near - near.max(), near).exp()
+        best = (share + near).topk(min(most, len(blocks))).indices
+        likelihood[best] = self._likelihood.gains(view, blocks[best])
+        return likelihood
 
     def _by_attention(self, context: WorkingContext, attention: Tensor) -> Tensor:
         """Blocks whose level-1 gists the base attends to most."""
@@ -183,7 +260,10 @@ class LensPolicy:
         if self._keys is None or self._keys.memory is not memory:
             self._keys = KeyIndex(memory, self._key_config)
         return self._keys.search(
-            asked, self.proposals, old, lambda keys: self.lens.relevance(queries, keys)[0]
+            asked,
+            self.proposals,
+            old,
+            lambda keys: self.lens.relevance(queries, keys, chunk=_KEYS_AT_ONCE)[0],
         )
 
     def _vectors(self, view: FocusView, levels: Tensor, starts: Tensor) -> Tensor:
@@ -195,7 +275,7 @@ class LensPolicy:
             index = starts // size**level
             here = (known == level) & (index < memory.count(level))
             if bool(here.any()):
-                vectors[here] = memory.gists(level)[index[here]].float()
+                vectors[here] = memory.gists_at(level, index[here])
         return vectors
 
     def _entry_facts(self, view: FocusView, attention: Tensor) -> SpanFacts:
@@ -213,6 +293,8 @@ class LensPolicy:
             lexical=unmeasured,
             attention=attention[None],
             learned=unmeasured,
+            likelihood=unmeasured,
+            told=no,
             in_context=yes,
             newest=no,
             root=_roots(context)[None],
@@ -238,6 +320,8 @@ class LensPolicy:
             lexical=proposed.lexical[None],
             attention=proposed.attention[None],
             learned=proposed.learned[None],
+            likelihood=proposed.likelihood[None],
+            told=self._likelihood.told(view, blocks)[None],
             in_context=no,
             newest=no,
             root=no,

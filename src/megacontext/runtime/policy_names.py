@@ -14,8 +14,9 @@ from megacontext.runtime.focus_policies import (
     RecencyPolicy,
 )
 from megacontext.runtime.lens_policy import LensPolicy
+from megacontext.runtime.likelihood_policy import LikelihoodPolicy
 
-PolicyName = Literal["auto", "recency", "lexical", "attention", "lens"]
+PolicyName = Literal["auto", "recency", "lexical", "likelihood", "attention", "lens"]
 
 
 def make_policy(
@@ -38,6 +39,8 @@ def make_policy(
             return RecencyPolicy()
         case "lexical":
             return LexicalPolicy()
+        case "likelihood":
+            return LikelihoodPolicy()
         case "attention":
             return AttentionPolicy()
         case "lens":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -65,36 +66,58 @@ class Reading(ABC):
 
 
 class ExactReading(Reading):
-    """Computes everything from the first changed entry on."""
+    """Computes everything from the first changed entry on.
+
+    Tokens that were read one by one behind the context are part of what is known.
+    """
 
     def __init__(self, base: BaseModel, reader: ContextReader) -> None:
         super().__init__(base, reader)
         self._context: ContextInput | None = None
+        self._stepped: list[Tensor] = []
+
+    def step(self, token: Tensor) -> Tensor:
+        """See :meth:`Reading.step`."""
+        logits = super().step(token)
+        self._stepped.append(token.clone())  # only now: a failed step leaves no row
+        return logits
 
     def read(self, window: WorkingContext, pending: Tensor, *, asking: int = 0) -> Tensor:
         """See :meth:`Reading.read`."""
         new = self.reader.read(window, pending, ahead=self._ahead)
         known = None
         if self._context is not None:
-            known = self.base.resume(self.cache, self._context, new)
+            known = self.base.resume(self.cache, self._behind(self._context), new)
         read = self.base.prefill(new, known, keep=1)
         self.window, self._context, self.cache = window, new, read.cache
+        self._stepped = []
         return read.logits[-1]
+
+    def _behind(self, context: ContextInput) -> ContextInput:
+        """The context read last, with the tokens read one by one behind it."""
+        if not self._stepped:
+            return context
+        stepped = self.base.embed(torch.cat(self._stepped))
+        return replace(
+            context,
+            embeddings=torch.cat((context.embeddings, stepped)),
+            positions=self.cache.positions,
+        )
 
 
 class IncrementalReading(Reading):
     """Keeps what was not edited, rotated to where it stands now, and computes the rest.
 
-    Computed are inserted rows, the newest row, which gives the logits, and after an edit the rows
-    of pending tokens, the newest of those that ask, and those that closely follow an inserted row.
-    Whatever is kept still holds what it saw when it was computed, so the logits differ from those
-    of :class:`ExactReading` unless there was no edit.
+    Computed are inserted rows, the newest row, which gives the logits, and after an edit those that
+    closely follow an inserted row; where the edit brought detail, which the newest of the rows that
+    ask have not seen, these as well. Whatever is kept still holds what it saw when it was computed,
+    so the logits differ from those of :class:`ExactReading` unless there was no edit.
 
     Args:
         base: the frozen base model.
         reader: lays contexts out for it.
         halo: rows behind an inserted one that are computed anew as well.
-        query_tokens: most of the asking tokens, unless pending, that are computed anew.
+        query_tokens: most of the tokens that ask or are pending that are computed anew.
 
     Raises:
         ConfigError: the keys of this base cannot be rotated.
@@ -157,9 +180,10 @@ class IncrementalReading(Reading):
         n_rows = len(inserted)
         newest = 1
         stale = torch.zeros(n_rows, dtype=torch.bool)
-        if self.window is not None and _is_edited(self.window, window):
-            newest = max(1, len(pending), min(asking, self._query_tokens))
+        if self.window is not None and is_edited(self.window, window):
             stale |= behind(inserted, self._halo)
+            if _shows_more(self.window, window):
+                newest = max(1, min(max(len(pending), asking), self._query_tokens))
         stale[max(0, n_rows - newest) :] = True
         return stale
 
@@ -188,6 +212,13 @@ def require_rotation(base: BaseModel) -> None:
         ) from error
 
 
-def _is_edited(old: WorkingContext, new: WorkingContext) -> bool:
-    """Whether the new context is more than the old one with tokens behind it."""
+def is_edited(old: WorkingContext, new: WorkingContext) -> bool:
+    """Whether a context is more than an older one with tokens behind it."""
     return len(new) < len(old) or not torch.equal(new.keys[: len(old)], old.keys)
+
+
+def _shows_more(old: WorkingContext, new: WorkingContext) -> bool:
+    """Whether anything of the old context stands in finer entries in the new one."""
+    shared = new.starts < old.cursor
+    at = torch.searchsorted(old.starts, new.starts[shared], right=True) - 1
+    return bool((new.levels[shared] < old.levels[at]).any())

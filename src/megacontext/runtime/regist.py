@@ -12,6 +12,8 @@ from megacontext.errors import MemoryMismatchError
 from megacontext.gistnet import GistNet
 from megacontext.lensnet import LensNet
 from megacontext.memory import Memory, MemoryIdentity
+from megacontext.memory.identity import GistDtype
+from megacontext.memory.number_formats import as_stored
 from megacontext.memory.rebuild import GistBatch
 from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.engine import Engine
@@ -27,6 +29,8 @@ def regist(
     gistnet: GistNet,
     lens: LensNet | None = None,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    gist_dtype: GistDtype | None = None,
 ) -> None:
     """Replaces gists, keys and fidelities in one commit; tokens and sources stay as they are.
 
@@ -36,6 +40,7 @@ def regist(
         gistnet: the new compressor.
         lens: makes the new keys, if any.
         progress: called with a level and how many of its gists a batch added.
+        gist_dtype: the new number format; the memory's own if ``None``.
 
     Raises:
         MemoryMismatchError: the memory belongs to another base model, tokenizer or block size.
@@ -46,6 +51,7 @@ def regist(
     _require_same_base(memory, identity)
     gistnet = gistnet.to(base.device)
     size = gistnet.config.block_size
+    dtype = memory.identity.gist_dtype if gist_dtype is None else gist_dtype
     features = GistFeatures(base, gistnet.config)
 
     def make(level: int, read: Callable[[int, int], Tensor]) -> Iterator[GistBatch]:
@@ -58,16 +64,13 @@ def regist(
                     made = encode_blocks(features, gistnet, read, first, last)
                 else:
                     made = gistnet.encode_level(children.to(base.device).float(), level)
-                vectors = made.vectors.to("cpu", torch.float16)
-                keys = None
-                if lens is not None:
-                    told = None
-                    if level == 1:
-                        lead = read(max(0, first * size - OVERLAP_TOKENS), first * size)
-                        tokens = read(first * size, last * size).long()
-                        told = overlapping_blocks(lead.long(), tokens, size)
-                    levels = torch.full((len(vectors),), level)
-                    keys = lens.encode_keys(vectors, levels, told)
+                vectors = as_stored(made.vectors.cpu(), dtype)
+                told = None
+                if level == 1:
+                    lead = read(max(0, first * size - OVERLAP_TOKENS), first * size)
+                    told = overlapping_blocks(lead.long(), children.long(), size)
+                levels = torch.full((len(vectors),), level)
+                keys = None if lens is None else lens.encode_keys(vectors, levels, told)
             if progress is not None:
                 progress(level, last - first)
             yield GistBatch(vectors, keys, made.fidelity.cpu())
@@ -77,7 +80,7 @@ def regist(
         gist_version=identity.gist_version,
         gist_width=identity.gist_width,
         key_width=identity.key_width,
-        gist_dtype=identity.gist_dtype,
+        gist_dtype=dtype,
     )
 
 
@@ -89,7 +92,6 @@ def _require_same_base(memory: Memory, identity: MemoryIdentity) -> None:
         gist_version=identity.gist_version,
         gist_width=identity.gist_width,
         key_width=identity.key_width,
-        gist_dtype=identity.gist_dtype,
     )
     difference = rebuilt.explain_difference(identity)
     if difference is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megacontext.errors import (
@@ -80,12 +80,7 @@ def repair(
             identity = Engine.identity(base, gistnet, lens)
             doubts = [*saved.doubts, *_differences(path, saved.identity, identity)]
             fresh = path.with_name(f"{path.name}.repaired")
-            try:
-                memory = Memory.create(fresh, identity)
-            except MemoryExistsError:
-                raise MemoryExistsError(
-                    f"{fresh}: left by a repair that was cut off; remove it and repair again"
-                ) from None
+            memory = _create(fresh, replace(identity, gist_dtype=saved.identity.gist_dtype))
             with memory:
                 builder = GistBuilder(base, gistnet.to(base.device), lens)
                 ingestor = Ingestor(base, builder, memory, Telemetry(), chunk_tokens=_CHUNK_TOKENS)
@@ -102,6 +97,15 @@ def repair(
     finally:
         lock.release()
     return Repaired(saved.tokens.length, damaged, tuple(doubts))
+
+
+def _create(fresh: Path, identity: MemoryIdentity) -> Memory:
+    try:
+        return Memory.create(fresh, identity)
+    except MemoryExistsError:
+        raise MemoryExistsError(
+            f"{fresh}: left by a repair that was cut off; remove it and repair again"
+        ) from None
 
 
 def _fill(ingestor: Ingestor, saved: Salvage, progress: Callable[[int, int], None] | None) -> None:
@@ -126,7 +130,7 @@ def _differences(path: Path, old: MemoryIdentity, new: MemoryIdentity) -> list[s
             )
     return [
         f"{name} was {getattr(old, name)!r} and is {getattr(new, name)!r}"
-        for name in ("gist_version", "gist_width", "key_width", "gist_dtype")
+        for name in ("gist_version", "gist_width", "key_width")
         if getattr(old, name) != getattr(new, name)
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -9,10 +10,12 @@ from typing import Self
 from pydantic import Field
 
 from megacontext.config import FrozenConfig
-from megacontext.errors import MegaContextError
+from megacontext.errors import MegaContextError, MemoryMismatchError
 from megacontext.lensnet import LensNet, LensNetConfig
 from megacontext.memory import KeyIndexConfig, Memory
+from megacontext.memory.identity import GistDtype
 from megacontext.runtime.base_model import BaseModel
+from megacontext.runtime.bulk_ingest import IngestConfig
 from megacontext.runtime.companions import load_gistnet, load_lens
 from megacontext.runtime.engine import Engine, EngineConfig
 from megacontext.runtime.focus_policies import (
@@ -31,11 +34,15 @@ class SessionConfig(FrozenConfig):
         device: where the base model runs.
         gistnet: folder of a GistNet checkpoint, ``bundled`` for the one shipped with the model, or
             ``mean``, the default: a gist is the mean of its span.
+        gist_dtype: number format of a new memory's gists: ``fp16``, the default, ``bf16`` or
+            ``int8``. For one that exists it is the memory's own; another one is refused, but by
+            ``regist``, which converts.
         lens: folder of a LensNet checkpoint, or ``none``. If not given, the one bundled with the
             model, if it fits the gists; policy ``lens`` without any starts untrained.
         policy: focus policy; ``auto``: ``lens`` where there is a LensNet, else ``lexical``.
         engine: budget and habits.
         key_index: how the lens's keys are searched once they are many.
+        ingest: how files are read while they are taken in.
         telemetry: JSONL file that every step is written to.
     """
 
@@ -43,10 +50,12 @@ class SessionConfig(FrozenConfig):
     dtype: str = "float32"
     device: str = "cpu"
     gistnet: str | Path | None = None
+    gist_dtype: GistDtype | None = None
     lens: str | Path | None = None
     policy: PolicyName = "auto"
     engine: EngineConfig = EngineConfig()
     key_index: KeyIndexConfig = KeyIndexConfig()
+    ingest: IngestConfig = IngestConfig()
     telemetry: Path | None = None
 
 
@@ -105,6 +114,8 @@ class Session:
             ConfigError, CheckpointError: the session's models and sizes do not fit together.
         """
         identity = Engine.identity(self.base, self.gistnet, self.lens)
+        if self.config.gist_dtype is not None:
+            identity = replace(identity, gist_dtype=self.config.gist_dtype)
         return self._engine_or_close(Memory.create(path, identity))
 
     def open(self, path: Path, *, writable: bool) -> Engine:
@@ -115,7 +126,15 @@ class Session:
             ConfigError, CheckpointError: the session's models and sizes do not fit together.
         """
         expect = Engine.identity(self.base, self.gistnet, self.lens)
-        return self._engine_or_close(Memory.open(path, "a" if writable else "r", expect=expect))
+        engine = self._engine_or_close(Memory.open(path, "a" if writable else "r", expect=expect))
+        have, wanted = engine.memory.identity.gist_dtype, self.config.gist_dtype
+        if wanted not in (None, have):
+            engine.memory.close()
+            raise MemoryMismatchError(
+                f"{path}: its gists are {have}, not {wanted}; leave gist_dtype out, or convert "
+                f"them with `megacontext regist {path} --set gist_dtype={wanted}`"
+            )
+        return engine
 
     def engine(self, memory: Memory) -> Engine:
         """An engine over an open memory."""

@@ -6,7 +6,7 @@ import random
 import tempfile
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -40,8 +40,9 @@ class RecordConfig(FrozenConfig):
         calm: places of a text where nothing is asked and the text just goes on.
         horizon: tokens to come over which worth is measured where nothing is asked.
         proposals: blocks that each index proposes; BM25 adds neighbours of its hits.
-        labelled: proposals of a snapshot whose worth is measured, drawn at random but for those
-            that are known to hold evidence, which come first; 0: all of them.
+        labelled: proposals of a snapshot whose worth is measured: first those that are known to
+            hold evidence, then the one that the lens likes best of the others, since what looks
+            like evidence teaches most, then some at random; 0: all of them.
         entries: working entries of a snapshot whose worth is measured as well.
     """
 
@@ -80,13 +81,17 @@ class RecordConfig(FrozenConfig):
 class _Place:
     """Where the focus is looked at: what is read behind the history, asked, and to come.
 
-    ``evidence`` are the blocks that are known to tell what comes.
+    ``evidence`` are the blocks that are known to tell what comes, ``None`` where that is not known;
+    of ``related`` ones it is not clear. So many of the newest pending
+    tokens were ``written`` in answer already.
     """
 
     pending: Tensor
     query: Tensor
     future: Tensor
-    evidence: tuple[int, ...] = ()
+    evidence: tuple[int, ...] | None = None
+    related: tuple[int, ...] = ()
+    written: int = 0
 
 
 class LensRecorder:
@@ -170,26 +175,41 @@ class LensRecorder:
         for ask in rng.sample(asks, min(config.asks, len(asks))):
             mark = engine.focus.mark()
             engine.focus.start_over()
+            if ask.noted:
+                # What was noted was found at an earlier look, and is open still.
+                self._refocus(engine, self._asked(replace(ask, noted="")))
             yield from self._look(engine, self._asked(ask), rng)
             engine.focus.return_to(mark)
 
     def _asked(self, ask: Ask) -> _Place:
         query = self.base.encode(ask.query)[-self.engine.query_tokens :]
+        pending = self.base.encode(ask.prompt)
         return _Place(
-            self.base.encode(ask.prompt), query, self.base.encode(ask.target), ask.evidence
+            pending,
+            query,
+            self.base.encode(ask.target),
+            ask.evidence,
+            ask.related,
+            # As in a session, where the answer is written behind the prompt, token by token.
+            len(pending) - len(self.base.encode(replace(ask, noted="").prompt)),
         )
 
     def _look(self, engine: Engine, place: _Place, rng: random.Random) -> Iterator[Snapshot]:
         """Records rounds of refocus, each from where the lens's own plan has led."""
         for _ in range(self.config.rounds):
-            view = engine.focus.view(place.pending, query=place.query)
+            view = engine.focus.view(place.pending, query=place.query, written=place.written)
             if len(view.context):
                 yield self._snapshot(view, place, rng)
-            plan = engine.focus.refocus(
-                place.pending, query=place.query, reserve=len(place.pending) + len(place.future)
-            )
-            if not plan.edits:
+            if not self._refocus(engine, place):
                 return
+
+    def _refocus(self, engine: Engine, place: _Place) -> bool:
+        """One round of what the lens wants; whether it edited anything."""
+        reserve = len(place.pending) + len(place.future)
+        plan = engine.focus.refocus(
+            place.pending, query=place.query, written=place.written, reserve=reserve
+        )
+        return bool(plan.edits)
 
     @torch.inference_mode()
     def _snapshot(self, view: FocusView, place: _Place, rng: random.Random) -> Snapshot:
@@ -202,7 +222,8 @@ class LensRecorder:
         )
         entry_utility = torch.full((len(context),), torch.nan)
         entry_utility[chosen] = worth.entries(chosen)
-        labelled = self._labelled(inputs.blocks, place, rng)
+        scores = self.lens(inputs.entries, inputs.cache, inputs.tail).cache[0]
+        labelled = self._labelled(inputs.blocks, scores, place, rng)
         cache_utility = torch.full((len(inputs.blocks),), torch.nan)
         cache_utility[labelled] = worth.blocks(inputs.blocks[labelled])
         return Snapshot(
@@ -218,17 +239,33 @@ class LensRecorder:
             cache_vectors=inputs.cache.vectors[0].half(),
             cache_features=inputs.cache.features[0],
             cache_utility=cache_utility,
+            cache_evidence=self._evidence(view, inputs.blocks, place),
             tail_hidden=inputs.tail.hidden[0].half(),
             cursor=torch.tensor(context.cursor),
             tail_start=torch.tensor(context.tail_start),
         )
 
-    def _labelled(self, blocks: Tensor, place: _Place, rng: random.Random) -> Tensor:
+    def _evidence(self, view: FocusView, blocks: Tensor, place: _Place) -> Tensor:
+        """Which blocks are known to tell what comes, ``[m]``; see :class:`Snapshot`."""
+        if place.evidence is None:
+            return torch.full((len(blocks),), torch.nan)
+        tells = torch.isin(blocks, torch.tensor(place.evidence, dtype=torch.int64))
+        unclear = torch.isin(blocks, torch.tensor(place.related, dtype=torch.int64))
+        # What is raw already may have told what was noted.
+        entries = view.context.indices_of(blocks * view.context.block_size)
+        unclear |= view.context.levels[entries] == 0
+        return tells.float().masked_fill(unclear & ~tells, torch.nan)
+
+    def _labelled(
+        self, blocks: Tensor, scores: Tensor, place: _Place, rng: random.Random
+    ) -> Tensor:
         """Indices ``[l]`` of the proposals to measure, ascending."""
         most = self.config.labelled
         if not most or len(blocks) <= most:
             return torch.arange(len(blocks))
-        telling = torch.isin(blocks, torch.tensor(place.evidence, dtype=torch.int64))
+        telling = torch.isin(blocks, torch.tensor(place.evidence or (), dtype=torch.int64))
         first = telling.nonzero()[:, 0].tolist()[:most]
         others = (~telling).nonzero()[:, 0].tolist()
+        if len(first) < most:
+            first.append(others.pop(int(scores[~telling].argmax())))
         return torch.tensor(sorted((*first, *rng.sample(others, most - len(first)))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from pydantic import Field
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from megacontext.config import FrozenConfig
 from megacontext.lensnet import (
+    FEATURE_NAMES,
     Legality,
     LensNet,
     Scores,
@@ -24,6 +25,9 @@ from megacontext.lensnet import (
 
 # Utilities closer than this, in nats, are not ranked: they may be rounding or chance.
 _RANKED = 0.1
+# A score that stands for none: finite, so that there is a gradient.
+_NOTHING = -1e4
+_KEY_FEATURES = [FEATURE_NAMES.index(name) for name in FEATURE_NAMES if "learned" in name]
 
 
 class ScoreLossConfig(FrozenConfig):
@@ -31,12 +35,15 @@ class ScoreLossConfig(FrozenConfig):
 
     Attributes:
         ranking_weight: of putting proposed blocks of one snapshot into the right order.
+        evidence_weight: of scoring each block of the evidence above what is none, where it is known
+            which is which: that holds of all proposals, and few of them are measured.
         balance_weight: of asking, summed over a snapshot, for as many nats as there are to win.
         legality_weight: of staying at 0 where a move is illegal, before the mask.
         huber: nats; errors beyond it count linearly, since single answers can be worth ten nats.
     """
 
     ranking_weight: float = Field(default=0.3, ge=0, allow_inf_nan=False)
+    evidence_weight: float = Field(default=5.0, ge=0, allow_inf_nan=False)
     balance_weight: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     legality_weight: float = Field(default=0.05, ge=0, allow_inf_nan=False)
     huber: float = Field(default=2.0, gt=0, allow_inf_nan=False)
@@ -49,12 +56,13 @@ class ScoreTerms:
     loss: Tensor
     regression: Tensor
     ranking: Tensor
+    evidence: Tensor
     balance: Tensor
     legality: Tensor
 
 
 def score_loss(lens: LensNet, batch: SnapshotBatch, config: ScoreLossConfig) -> ScoreTerms:
-    """Regression, ranking, budget balance and legality of the scores of recorded snapshots."""
+    """Regression, ranking, evidence, balance and legality of the scores of recorded snapshots."""
     free = lens.unmasked(batch.entries, batch.cache, batch.tail)
     entries = batch.entries
     legal = Legality(entries.mask & entries.can_expand, entries.mask & entries.can_collapse)
@@ -67,6 +75,7 @@ def score_loss(lens: LensNet, batch: SnapshotBatch, config: ScoreLossConfig) -> 
         scores.entry, entry_truth, entry_known, config.huber
     )
     ranking = _ranking(scores.cache, cache_truth, known)
+    evidence = _evidence(scores.cache, batch.cache_evidence)
     wanted = (cache_truth.clamp(min=0) * known).sum(dim=1)
     asked = (scores.cache.clamp(min=0) * known).sum(dim=1)
     balance = F.huber_loss(asked.log1p(), wanted.log1p())
@@ -74,10 +83,31 @@ def score_loss(lens: LensNet, batch: SnapshotBatch, config: ScoreLossConfig) -> 
     loss = (
         regression
         + config.ranking_weight * ranking
+        + config.evidence_weight * evidence
         + config.balance_weight * balance
         + config.legality_weight * legality
     )
-    return ScoreTerms(loss, regression, ranking, balance, legality)
+    return ScoreTerms(loss, regression, ranking, evidence, balance, legality)
+
+
+def strange_keys(snapshots: Sequence[Snapshot], share: float, seed: int) -> list[Snapshot]:
+    """Snapshots, of some of which the keys' relevances are dealt out to other proposals.
+
+    Args:
+        snapshots: as recorded; they are not changed.
+        share: how likely that is for each of them.
+        seed: decides for which, and how.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    told: list[Snapshot] = []
+    for snapshot in snapshots:
+        features = snapshot.cache_features
+        if float(torch.rand(1, generator=generator)) < share:
+            dealt = torch.randperm(len(features), generator=generator)
+            features = features.clone()
+            features[:, _KEY_FEATURES] = features[dealt][:, _KEY_FEATURES]
+        told.append(replace(snapshot, cache_features=features))
+    return told
 
 
 @torch.no_grad()
@@ -103,6 +133,15 @@ def _ranking(score: Tensor, truth: Tensor, known: Tensor) -> Tensor:
     pairs = better & known[:, :, None] & known[:, None, :]
     margin = score[:, :, None] - score[:, None, :]
     return (F.softplus(-margin) * pairs).sum() / pairs.sum().clamp(min=1)
+
+
+def _evidence(score: Tensor, evidence: Tensor) -> Tensor:
+    """InfoNCE (arXiv 1807.03748), once for every block of a snapshot's evidence."""
+    tells, others = evidence == 1, evidence == 0
+    tells = tells & others.any(dim=1, keepdim=True)
+    against = score.masked_fill(~others, _NOTHING).logsumexp(dim=1, keepdim=True)
+    losses = (torch.logaddexp(against, score) - score) * tells
+    return losses.sum() / tells.sum().clamp(min=1)
 
 
 def _illegal(free: Tensor, batch: SnapshotBatch) -> Tensor:

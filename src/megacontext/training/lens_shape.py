@@ -23,6 +23,8 @@ class LensShapeConfig(FrozenConfig):
         token_keys: whether every token of the vocabulary has a key vector.
         lexical_prior: nats that the best lexical hit counts before any training.
         learned_prior: nats that the block with the closest key counts before any training.
+        likelihood_prior: nats that the block counts which makes a question likeliest.
+        likelihoods: most proposals that the base reads one by one with a question.
         reads_attention: whether it is told how the base attends to the working entries.
     """
 
@@ -34,7 +36,9 @@ class LensShapeConfig(FrozenConfig):
     d_ff: int = Field(default=128, ge=1)
     token_keys: bool = True
     lexical_prior: float = Field(default=1.0, ge=0, le=10)
-    learned_prior: float = Field(default=5.0, ge=0, le=10)
+    learned_prior: float = Field(default=1.0, ge=0, le=10)
+    likelihood_prior: float = Field(default=4.0, ge=0, le=10)
+    likelihoods: int = Field(default=16, ge=0, le=256)
     reads_attention: bool = False
 
     def build(self, base: BaseModel, gistnet: GistNet, seed: int) -> LensNet:

@@ -41,6 +41,7 @@ from megacontext.training.lens_scores import (
     mean_loss,
     rank_correlation,
     score_loss,
+    strange_keys,
 )
 from megacontext.training.lens_shape import LensShapeConfig
 from megacontext.training.lens_texts import LensTexts
@@ -68,6 +69,9 @@ class ScoreStageConfig(FrozenConfig):
         steps: optimizer steps.
         batch_size: snapshots of a batch.
         probe_every: steps between measurements of the held-out loss.
+        strange_share: share of snapshots, drawn anew at every step, in which the keys' relevances
+            are dealt out to other proposals: of words that no training has seen, keys tell nothing,
+            and a lens that never met such words would trust them all the same.
         held_out_share: share of a round's parts that only measure and calibrate, at least one; a
             round of a single part trains with it.
         loss: weights of its terms.
@@ -76,6 +80,7 @@ class ScoreStageConfig(FrozenConfig):
     steps: int = Field(default=600, ge=1)
     batch_size: int = Field(default=16, ge=1)
     probe_every: int = Field(default=25, ge=1)
+    strange_share: float = Field(default=0.5, ge=0, le=1)
     held_out_share: float = Field(default=0.15, gt=0, lt=1)
     loss: ScoreLossConfig = ScoreLossConfig()
 
@@ -219,7 +224,9 @@ class LensTrainer:
 
         def loss() -> dict[str, Tensor]:
             chosen = torch.randint(len(training), (config.scores.batch_size,), generator=order)
-            batch = collate([training[index] for index in chosen.tolist()])
+            drawn = [training[index] for index in chosen.tolist()]
+            seed = (config.seed * 1000 + number) * 1_000_003 + self.step
+            batch = collate(strange_keys(drawn, config.scores.strange_share, seed))
             return vars(score_loss(lens, batch, config.scores.loss))
 
         def measure() -> float:

@@ -12,6 +12,7 @@ from megacontext.evaluation.metrics import (
     proportion,
     rank_correlation,
     ratio,
+    ratio_of_medians,
 )
 
 # Wilson score intervals (95 %), as Newcombe (1998) and R's prop.test(correct = FALSE) give them.
@@ -104,10 +105,19 @@ def test_a_ratio_is_that_of_the_sums_with_an_interval_around_it():
     assert (sure.low, sure.value, sure.high) == pytest.approx((0.25, 0.25, 0.25))
 
 
+def test_a_ratio_of_medians_does_not_mind_one_disturbed_sample():
+    estimate = ratio_of_medians([2.0] * 9 + [900.0], [4.0] * 9 + [1.0])
+    assert (estimate.low, estimate.value, estimate.high, estimate.n) == (0.5, 0.5, 0.5, 10)
+    assert ratio_of_medians([1.0, 3.0], [2.0, 6.0]).value == 0.5
+    unsure = ratio_of_medians([1.0, 2.0, 3.0, 4.0], [1.0] * 4)
+    assert 1.0 <= unsure.low < unsure.value < unsure.high <= 4.0
+
+
+@pytest.mark.parametrize("of", [ratio, ratio_of_medians])
 @pytest.mark.parametrize(("above", "below"), [([], []), ([1.0], [1.0, 2.0]), ([1.0], [0.0])])
-def test_what_is_no_ratio_is_refused(above, below):
+def test_what_is_no_ratio_is_refused(of, above, below):
     with pytest.raises(ValueError, match="ratio"):
-        ratio(above, below)
+        of(above, below)
 
 
 def test_rank_correlation_has_the_textbook_values():

@@ -70,6 +70,20 @@ def test_what_is_left_out_is_not_planned():
     assert [cell.name for cell in plan(config)] == ["ruler.vt.4k", "ruler.vt.16k"]
 
 
+def test_a_length_may_have_fewer_questions():
+    config = read("babilong=qa1", "recall=", "ruler=vt", "depth_questions=0", "lengths=4k,1m",
+                  "questions=9", "questions_at={1m: 3, 10m: 2}")  # fmt: skip
+    assert {cell.name: cell.questions for cell in plan(config)} == {
+        "babilong.qa1.4k": 9,
+        "ruler.vt.4k": 9,
+        "babilong.qa1.1m": 3,
+        "ruler.vt.1m": 3,
+        "babilong.qa1.10m": 2,
+    }
+    with pytest.raises(ConfigError, match="questions_at"):
+        read("questions_at={1m: 0}")
+
+
 def test_slow_rivals_are_asked_less_and_readers_up_to_a_length():
     config = read("rivals=window,megacontext,oracle,own_keys")
     window_and_ours = {"window": 100, "megacontext": 100, "oracle": 20}

@@ -23,6 +23,7 @@ SETUP = {
     "lens": "none",
     "noise": ["classics.txt.zst"],
     "questions": 8,
+    "questions_at": {"1m": 4},
     "facts": 20,
     "asked": 2,
     "wording": "ruler",
@@ -122,7 +123,7 @@ def test_who_was_asked_less_or_not_is_told(written):
     assert "| vt | 4k | 8 (4) |" in text
     assert "| own_keys | not asked beyond 4k (128k for planted facts and prose)" in text
     assert "| full | refused in 2 cells, the first `ruler.vt.4k`: too long |" in text
-    assert "8; 4 for own_keys, oracle" in text
+    assert "8; 4 at 1m; 4 for own_keys, oracle" in text
 
 
 def test_set_up_seed_command_and_commits_are_told(written):

@@ -39,6 +39,7 @@ def snapshot(seed, n=3, m=2, t=4, width=D):
         cache_vectors=draw(m, WIDTH).half(),
         cache_features=draw(m, N_FEATURES),
         cache_utility=draw(m),
+        cache_evidence=draw(m).sign().clamp(min=0),
         tail_hidden=draw(t, width).bfloat16(),
         cursor=torch.tensor(1000 + seed),
         tail_start=torch.tensor(900),

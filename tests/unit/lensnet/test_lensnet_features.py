@@ -22,6 +22,8 @@ def facts(**changes):
         "lexical": torch.tensor([[2.0, 8.0, 1e9]]),
         "attention": torch.tensor([[0.25, NAN, 1e9]]),
         "learned": torch.tensor([[-3.0, -1.0, 1e9]]),
+        "likelihood": torch.tensor([[2.0, 18.0, 1e9]]),
+        "told": torch.tensor([[False, False, True]]),
         "in_context": torch.tensor([[True, False, True]]),
         "newest": torch.tensor([[False, True, True]]),
         "root": torch.tensor([[False, True, True]]),
@@ -34,7 +36,7 @@ def facts(**changes):
 
 
 def test_names_are_as_many_as_features_and_differ():
-    assert len(set(FEATURE_NAMES)) == N_FEATURES == 21
+    assert len(set(FEATURE_NAMES)) == N_FEATURES == 24
 
 
 def test_values():
@@ -64,6 +66,9 @@ def test_values():
         "learned": (-3, -1),
         "learned_relative": (math.exp(-2), 1),
         "learned_known": (1, 1),
+        "likelihood": (0.2, 1.8),
+        "likelihood_relative": (math.exp(-4), 1),
+        "likelihood_known": (1, 1),
     }
     for index, name in enumerate(FEATURE_NAMES):
         assert got[0, :2, index].tolist() == pytest.approx(want[name], abs=1e-6), name
@@ -72,7 +77,7 @@ def test_values():
 
 def test_unknown_everywhere_is_zero_not_nan():
     unknown = torch.full((1, 3), NAN)
-    scores = dict.fromkeys(("fidelity", "lexical", "attention", "learned"), unknown)
+    scores = dict.fromkeys(("fidelity", "lexical", "attention", "learned", "likelihood"), unknown)
     got = span_features(facts(**scores))
     assert got.isfinite().all()
     assert torch.equal(got[..., 10:], torch.zeros(1, 3, N_FEATURES - 10))
@@ -99,3 +104,18 @@ def test_wrong_shapes_are_named(name):
 def test_a_span_must_have_a_width():
     with pytest.raises(InputError, match="stops at or before its start"):
         span_features(facts(stops=torch.tensor([[96, 0, 999]])))
+
+
+def test_what_was_told_before_sets_no_mark_for_what_is_news():
+    nats = torch.tensor([[20.0, 8.0, 4.0]])
+    known = {"likelihood": nats, "mask": torch.tensor([[True, True, True]])}
+    known |= {"stops": torch.tensor([[96, 64, 1600]])}
+    column = FEATURE_NAMES.index("likelihood_relative")
+
+    def relative(*told):
+        return span_features(facts(told=torch.tensor([told]), **known))[0, :, column].tolist()
+
+    news = [1.0, math.exp(-3), math.exp(-4)]
+    assert relative(False, False, False) == pytest.approx(news)
+    assert relative(True, False, False) == pytest.approx([1.0, 1.0, math.exp(-1)])
+    assert relative(True, True, True) == pytest.approx(news), "nothing is news"

@@ -174,7 +174,7 @@ def test_initial_weights_come_from_the_seed_alone():
     ("part", "field", "value", "message"),
     [
         (0, "vectors", torch.zeros(2, 5, D), r"entries\.vectors.*expected floating \(2, 5, 32\)"),
-        (0, "features", torch.zeros(2, 5, 3), r"entries\.features.*\(2, 5, 21\)"),
+        (0, "features", torch.zeros(2, 5, 3), r"entries\.features.*\(2, 5, 24\)"),
         (0, "can_expand", torch.zeros(2, 5), r"entries\.can_expand.*expected bool \(2, 5\)"),
         (1, "vectors", torch.zeros(3, 7, 2 * D), r"cache\.vectors.*\(2, 7, 32\)"),
         (1, "mask", torch.zeros(3, 7).bool(), r"cache\.mask.*\(2, 7\)"),

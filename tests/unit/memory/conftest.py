@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megacontext.memory import Memory, MemoryIdentity
+from megacontext.memory.number_formats import as_stored
 
 IDENTITY = MemoryIdentity(
     base_model="tiny-base",
@@ -36,7 +37,7 @@ class Feeder:
     def batch(self, n: int) -> dict:
         identity, have = self.memory.identity, self.memory.n_tokens
         generator = torch.Generator().manual_seed(self.seed + have)
-        dtype = torch.float16 if identity.gist_dtype == "fp16" else torch.bfloat16
+        dtype = torch.bfloat16 if identity.gist_dtype == "bf16" else torch.float16
         counts = {}
         for level in range(1, 20):
             span = identity.block_size**level
@@ -46,7 +47,9 @@ class Feeder:
         return {
             "tokens": torch.randint(0, 2**31, (n,), generator=generator),
             "gists": {
-                level: torch.randn(m, identity.gist_width, generator=generator).to(dtype)
+                level: as_stored(
+                    torch.randn(m, identity.gist_width, generator=generator), identity.gist_dtype
+                )
                 for level, m in counts.items()
             },
             "keys": {

@@ -46,8 +46,17 @@ def test_a_short_header_is_corrupt_and_says_where_it_ends(length):
 
 
 def test_an_intact_header_of_another_version_is_no_damage():
-    with pytest.raises(MemoryVersionError, match="version 2"):
-        CtxHeader.unpack(handmade(version=2), PATH)
+    with pytest.raises(MemoryVersionError, match="version 3"):
+        CtxHeader.unpack(handmade(version=3), PATH)
+
+
+def test_version_2_is_that_of_int8_records_and_of_nothing_else():
+    header = CtxHeader.unpack(handmade(version=2, dtype=3), PATH)
+    assert (header.dtype, header.record_bytes, header.record_shape) == (CtxDtype.INT8, 258, (258,))
+    assert header.pack() == handmade(version=2, dtype=3)
+    for version, dtype in ((2, 2), (2, 1), (1, 3)):
+        with pytest.raises(CorruptMemoryError, match="records in a file of version"):
+            CtxHeader.unpack(handmade(version=version, dtype=dtype), PATH)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from megacontext.memory import Memory, Source
 from megacontext.memory.catalog import Catalog
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "int8"])
 @pytest.mark.parametrize("key_width", [0, 2])
 def test_everything_comes_back_on_every_level(make, dtype, key_width):
     feeder = make(gist_dtype=dtype, key_width=key_width)
@@ -34,6 +34,40 @@ def test_everything_comes_back_on_every_level(make, dtype, key_width):
     with Memory.open(feeder.memory.path, expect=feeder.memory.identity) as again:
         feeder.check(again)
         assert again.generation == 7
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "int8"])
+def test_single_gists_are_those_of_the_whole_level(make, dtype):
+    feeder = make(gist_dtype=dtype)
+    feeder.append(40)
+    index = torch.tensor([7, 0, 7])
+    found = feeder.memory.gists_at(1, index)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, feeder.memory.gists(1)[index].float())
+    assert feeder.memory.gists_at(2, index[:0]).shape == (0, 3)
+    for level, wrong in ((1, 10), (1, -1), (0, 0), (4, 0)):
+        with pytest.raises(InputError, match="no such gists"):
+            feeder.memory.gists_at(level, torch.tensor([wrong]))
+
+
+def test_sizes_are_those_of_the_files(make):
+    feeder = make(gist_dtype="int8")
+    feeder.append(40)
+    memory = feeder.memory
+    stats = memory.stats()
+    sizes = {path.name: path.stat().st_size for path in memory.path.glob("*.ctx")}
+    names = {"gists": "", "keys": "keys.", "fidelity": "fidelity."}
+    levels = {
+        f"{kind}.L{level}": sizes[f"{names[kind]}L{level}.ctx"]
+        for kind in names
+        for level in (1, 2)
+    }
+    assert stats["level_bytes"] == levels
+    assert stats["bytes"]["tokens"] == sizes["L0.ctx"]
+    for kind in names:
+        assert stats["bytes"][kind] == levels[f"{kind}.L1"] + levels[f"{kind}.L2"]
+    assert stats["bytes"]["gists"] == 2 * 64 + 12 * (2 + 3)
+    assert stats["bytes_per_token"] == sum(stats["bytes"].values()) / 40
 
 
 def test_an_empty_memory_has_one_level_and_empty_views(make):

@@ -8,7 +8,7 @@ from megacontext.memory.catalog import Catalog
 from megacontext.memory.verify import Damage, verify_catalog
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "int8"])
 def test_every_changed_byte_is_found_in_its_file(make, dtype):
     feeder = make(gist_dtype=dtype)
     for n in (7, 1, 13, 2):

@@ -38,6 +38,11 @@ def told(engine):
     return engine
 
 
+def asking(engine, query):
+    """What the policy may look at while somebody waits for an answer."""
+    return engine.focus.view(query, asking=len(query))
+
+
 def ranked(blocks, utility):
     order = sorted(zip(utility.tolist(), blocks.tolist(), strict=True), reverse=True)
     return [block for _, block in order]
@@ -46,7 +51,7 @@ def ranked(blocks, utility):
 def test_untrained_it_ranks_by_bm25(base, tmp_path):
     lens = make_lens(base, lexical_prior=1.0)
     engine = told(new_engine(tmp_path, base))
-    view = engine.focus.view(base.encode("where does the zebra sleep"))
+    view = asking(engine, base.encode("where does the zebra sleep"))
     scores = LensPolicy(lens, relative_floor=0.0).score(view).check(view.context)
     blocks, points = LexicalPolicy(proposals=16).search(view)
     best = ranked(scores.proposal_blocks, scores.proposal_utility)[: len(blocks)]
@@ -70,7 +75,7 @@ def test_scores_are_legal(base, seed, tmp_path):
     lens = make_lens(base, seed=seed)
     engine = told(new_engine(tmp_path, base, lens=lens))
     engine.focus.context = engine.context.reveal(3).check(budget=False)
-    view = engine.focus.view(base.encode("zebra"))
+    view = asking(engine, base.encode("zebra"))
     scores = LensPolicy(lens).score(view).check(view.context)
     context = view.context
     raw = context.levels == 0
@@ -99,7 +104,7 @@ def test_harm_of_detail_is_said_of_raw_blocks_alone(base, tmp_path):
     assert int(((whole.levels > 0) & whole.legal_collapse).sum()) == K
     for context in (opened, whole):
         engine.focus.context = context
-        view = engine.focus.view(base.encode("zebra"))
+        view = asking(engine, base.encode("zebra"))
         scores = LensPolicy(lens).score(view).check(context)
         raw = context.levels == 0
         asked = scores.entry_utility < 0
@@ -115,7 +120,7 @@ def test_a_raw_block_that_is_proposed_is_kept(base, tmp_path):
     engine.refocus("where does the zebra sleep")
     raw = {s // K for level, s, _ in engine.context.spans().tolist() if level == 0}
     assert raw & {12, 13}
-    view = engine.focus.view(base.encode("where does the zebra sleep"))
+    view = asking(engine, base.encode("where does the zebra sleep"))
     scores = engine.focus.policy.score(view)
     for block in raw & {12, 13}:
         assert float(scores.entry_utility[view.context.index_of(block * K)]) > 0
@@ -190,7 +195,7 @@ def test_told_of_attention_it_proposes_what_the_base_attends_to(base, tmp_path):
 def test_what_is_far_below_the_best_is_not_asked_for(base, tmp_path):
     lens = make_lens(base, lexical_prior=1.0)
     engine = told(new_engine(tmp_path, base))
-    view = engine.focus.view(base.encode("where does the zebra sleep"))
+    view = asking(engine, base.encode("where does the zebra sleep"))
     every, some, best = (
         LensPolicy(lens, relative_floor=floor, neighbour_share=(0.0, 0.0))
         .score(view)
@@ -205,7 +210,7 @@ def test_what_is_far_below_the_best_is_not_asked_for(base, tmp_path):
 def test_neighbours_of_what_is_asked_for_are_asked_for_as_well(base, tmp_path):
     lens = make_lens(base, lexical_prior=1.0)
     engine = told(new_engine(tmp_path, base))
-    view = engine.focus.view(base.encode("where does the zebra sleep"))
+    view = asking(engine, base.encode("where does the zebra sleep"))
     alone, lent = (
         LensPolicy(lens, relative_floor=0.0, neighbour_share=share).score(view)
         for share in ((0.0, 0.0), (0.25, 0.75))
@@ -223,10 +228,54 @@ def test_gists_far_below_the_best_proposal_are_not_opened(base, tmp_path):
     lens = make_lens(base, seed=2, lexical_prior=8.0)
     engine = told(new_engine(tmp_path, base, lens=lens))
     engine.focus.context = engine.context.reveal(3).check(budget=False)
-    view = engine.focus.view(base.encode("where does the zebra sleep"))
+    view = asking(engine, base.encode("where does the zebra sleep"))
     free = LensPolicy(lens, relative_floor=0.0).score(view)
     wanted, best = free.expand_utility, float(free.proposal_utility.max())
     floor = float(wanted[wanted > 0].median()) / best
     held = LensPolicy(lens, relative_floor=floor).score(view).expand_utility
     assert 0 < held.count_nonzero() < wanted.count_nonzero()
     assert torch.equal(held, wanted.masked_fill(wanted < floor * best, 0.0))
+
+
+def test_a_further_look_searches_only_for_what_is_new(base, tmp_path, monkeypatch):
+    lens = make_lens(base, seed=1)
+    engine = told(new_engine(tmp_path, base, lens=lens))
+    policy, searched = LensPolicy(lens), []
+    features = type(base).features
+
+    def watched(self, ids):
+        searched.append(len(ids))
+        return features(self, ids)
+
+    monkeypatch.setattr(type(base), "features", watched)
+    query = base.encode("where does the zebra sleep")
+    for again in (query, query.clone()):
+        view = engine.focus.view(again)
+        scores, alone = policy.score(view), LensPolicy(lens).score(view)
+        for name in ("proposal_blocks", "proposal_utility", "entry_utility", "expand_utility"):
+            assert torch.equal(getattr(scores, name), getattr(alone, name)), name
+        engine.focus.context = engine.context.reveal(3)
+    assert len(searched) == 3, "once for this policy, and once for each that looks first"
+    policy.score(engine.focus.view(query[1:]))
+    assert searched[3:] == [len(query) - 1]
+    engine.ingest(words(2 * K))
+    policy.score(engine.focus.view(query[1:]))
+    assert len(searched) == 5, "there may be something new to find"
+
+
+def test_while_nobody_asks_it_is_calm(base, tmp_path):
+    lens = make_lens(base, seed=2, lexical_prior=3.0)
+    lens.entry_head.score.bias.data.sub_(1.0)
+    engine = told(new_engine(tmp_path, base, lens=lens))
+    engine.focus.context = engine.context.reveal(3).check(budget=False)
+    query = base.encode("where does the zebra sleep")
+    policy = LensPolicy(lens, relative_floor=0.0, calm_nats=2.0)
+    asked = policy.score(asking(engine, query))
+    calm = policy.score(engine.focus.view(query)).check(engine.context)
+    worth = asked.proposal_utility
+    assert 0 < int((worth >= 2.0).sum()) < len(worth)
+    assert torch.equal(calm.proposal_utility, worth.masked_fill(worth < 2.0, 0.0))
+    opened = asked.expand_utility
+    assert torch.equal(calm.expand_utility, opened.masked_fill(opened < 2.0, 0.0))
+    assert bool((asked.entry_utility < 0).any()), "what it would rather not see"
+    assert torch.equal(calm.entry_utility, asked.entry_utility.clamp(min=0.0))

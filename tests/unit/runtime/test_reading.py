@@ -86,11 +86,49 @@ def test_a_collapsed_block_costs_no_row(engine):
     assert reading.cache.n_rows == before - K
 
 
+def test_a_collapse_brings_nothing_that_what_asks_has_not_seen(engine):
+    reading = read(engine, query_tokens=16)
+    window = engine.context
+    index = int((window.legal_collapse & (window.levels == 0)).nonzero()[0])
+    reading.read(window.collapse(index), NOTHING, asking=9)
+    assert reading.computed == 1
+
+
+@pytest.mark.parametrize("remembered", [False, True])
+def test_exact_keeps_tokens_that_were_stepped_over(engine, monkeypatch, remembered):
+    said = torch.tensor([5, 6, 7, 8])
+    stepping, anew = (ExactReading(engine.base, engine.reader) for _ in range(2))
+    stepping.read(engine.context, said[:1])
+    for token in said[1:].split(1):
+        stepping.step(token)
+    if remembered:
+        engine.ingestor.append(said)
+        engine.focus.advance(engine.memory.n_tokens)
+        said = NOTHING
+    computed = []
+    forward = type(engine.base).forward_rows
+
+    def watched(self, embeddings, *rest):
+        computed.append(embeddings.shape[1])
+        return forward(self, embeddings, *rest)
+
+    monkeypatch.setattr(type(engine.base), "forward_rows", watched)
+    logits = stepping.read(engine.context, said)
+    assert computed == [1]
+    assert (logits - anew.read(engine.context, said)).abs().max() < 1e-4
+    assert torch.equal(stepping.cache.positions, anew.cache.positions)
+    # Behind an edit they are computed again, and no older token counts as stepped over.
+    window = engine.context.reveal(K)
+    assert (stepping.read(window, said) - anew.read(window, said)).abs().max() < 1e-4
+    assert computed[-2:] == computed[-1:] * 2
+
+
 def test_telemetry_counts_what_is_inserted(engine):
     cached = engine.context
     engine.focus.context = cached.reveal(K)
     assert engine.focus._recomputed(cached, torch.arange(3)) == K + 3
     assert engine.focus._recomputed(None, NOTHING) == 3 * K + 7
+    assert engine.focus._recomputed(engine.context, torch.arange(3)) == 1
     engine.focus.kv = "exact"
     assert engine.focus._recomputed(cached, torch.arange(3)) == 3 * K + 7 + 3
 

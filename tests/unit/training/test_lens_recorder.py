@@ -135,13 +135,16 @@ def test_of_many_proposals_evidence_and_a_few_others_are_measured(base, texts, s
     def labelled(evidence, most):
         place = _Place(torch.empty(0), torch.empty(0), torch.empty(0), evidence)
         limited = make_recorder(base, texts, config=CONFIG.model_copy(update={"labelled": most}))
-        drawn = limited._labelled(torch.tensor([3, 5, 8, 9]), place, random.Random(0))
+        scores = torch.tensor([0.1, 0.9, 0.2, 0.8])
+        drawn = limited._labelled(torch.tensor([3, 5, 8, 9]), scores, place, random.Random(0))
         return drawn.tolist()
 
     assert {3, 1} <= set(labelled((5, 9, 70), 3)), "evidence comes first"
     assert labelled((5, 9, 70), 1) == [1]
     assert labelled((), 0) == labelled((), 4) == [0, 1, 2, 3]
     assert len(set(labelled((), 3))) == 3
+    assert labelled((), 1) == [1], "then what the lens likes best"
+    assert labelled((5,), 2) == [1, 3]
 
 
 def test_calm_places_come_first_and_ask_with_the_newest_tokens(base, texts, recorder, shots):

@@ -17,10 +17,11 @@ from megacontext.training.lens_scores import (
     calibration,
     rank_correlation,
     score_loss,
+    strange_keys,
 )
 
 D, WIDTH = 8, 16
-TERMS = ("loss", "regression", "ranking", "balance", "legality")
+TERMS = ("loss", "regression", "ranking", "evidence", "balance", "legality")
 
 
 def draw_snapshot(seed, n=4, m=3, measured=0.7):
@@ -47,6 +48,9 @@ def draw_snapshot(seed, n=4, m=3, measured=0.7):
         cache_vectors=draw(m, WIDTH),
         cache_features=draw(m, N_FEATURES),
         cache_utility=utility(m),
+        cache_evidence=torch.tensor([1.0, 0.0, torch.nan])[
+            torch.randint(3, (m,), generator=generator)
+        ],
         tail_hidden=draw(5, D),
         cursor=torch.tensor(1000),
         tail_start=torch.tensor(900),
@@ -76,7 +80,7 @@ def mean(values):
 
 def terms_by_hand(lens, snapshots, config):
     """Every snapshot by itself, so that padding plays no part."""
-    entry_errors, cache_errors, pairs, balances, illegal = [], [], [], [], []
+    entry_errors, cache_errors, pairs, balances, illegal, told = [], [], [], [], [], []
     for snapshot in snapshots:
         alone = collate([snapshot])
         free = lens.unmasked(alone.entries, alone.cache, alone.tail)
@@ -98,6 +102,13 @@ def terms_by_hand(lens, snapshots, config):
             for worse, less in known
             if more > less + 0.1
         ]
+        marks = snapshot.cache_evidence.tolist()
+        others = [math.exp(s) for s, mark in zip(cache, marks, strict=True) if mark == 0]
+        told += [
+            -math.log(math.exp(s) / (math.exp(s) + sum(others)))
+            for s, mark in zip(cache, marks, strict=True)
+            if mark == 1 and others
+        ]
         asked = sum(max(0.0, score) for score, _ in known)
         wanted = sum(max(0.0, truth) for _, truth in known)
         balances.append(huber(math.log1p(asked) - math.log1p(wanted), 1.0))
@@ -105,10 +116,16 @@ def terms_by_hand(lens, snapshots, config):
     terms = {
         "regression": regression,
         "ranking": mean(pairs),
+        "evidence": mean(told),
         "balance": mean(balances),
         "legality": mean(illegal),
     }
-    weights = (config.ranking_weight, config.balance_weight, config.legality_weight)
+    weights = (
+        config.ranking_weight,
+        config.evidence_weight,
+        config.balance_weight,
+        config.legality_weight,
+    )
     return terms | {"loss": regression + sum(
         weight * terms[name] for weight, name in zip(weights, TERMS[2:], strict=True)
     )}  # fmt: skip
@@ -123,7 +140,11 @@ def test_every_term_by_hand(counts, seed, measured, delta):
     snapshots = [draw_snapshot(seed + i, n, m, measured) for i, (n, m) in enumerate(counts)]
     lens = make_lens(seed)
     config = ScoreLossConfig(
-        ranking_weight=0.7, balance_weight=0.2, legality_weight=0.3, huber=delta
+        ranking_weight=0.7,
+        evidence_weight=0.4,
+        balance_weight=0.2,
+        legality_weight=0.3,
+        huber=delta,
     )
     found = vars(score_loss(lens, collate(snapshots), config))
     assert tuple(found) == TERMS
@@ -131,11 +152,15 @@ def test_every_term_by_hand(counts, seed, measured, delta):
         assert float(found[name]) == pytest.approx(value, rel=1e-3, abs=1e-4), name
 
 
-@pytest.mark.parametrize("switched_off", ["ranking_weight", "balance_weight", "legality_weight"])
+@pytest.mark.parametrize(
+    "switched_off", ["ranking_weight", "evidence_weight", "balance_weight", "legality_weight"]
+)
 def test_a_weight_of_zero_leaves_a_term_out(switched_off):
     """Each term has its ablation: it is still reported, and pulls at nothing."""
     lens, batch = make_lens(), collate([draw_snapshot(i) for i in range(4)])
-    whole = ScoreLossConfig(ranking_weight=1, balance_weight=1, legality_weight=1)
+    whole = ScoreLossConfig(
+        ranking_weight=1, evidence_weight=1, balance_weight=1, legality_weight=1
+    )
     without = whole.model_copy(update={switched_off: 0.0})
     with torch.no_grad():
         terms, ablated = (vars(score_loss(lens, batch, c)) for c in (whole, without))
@@ -159,7 +184,9 @@ def test_illegal_moves_are_penalised_before_the_mask():
         cache_utility=torch.zeros(3),
     )
     free = dataclasses.replace(stuck, entry_can_expand=~neither, entry_can_collapse=~neither)
-    config = ScoreLossConfig(ranking_weight=0, balance_weight=0, legality_weight=1)
+    config = ScoreLossConfig(
+        ranking_weight=0, evidence_weight=0, balance_weight=0, legality_weight=1
+    )
     terms = score_loss(lens, collate([stuck]), config)
     assert float(terms.legality.detach()) > 0.01
     terms.legality.backward()
@@ -208,7 +235,8 @@ def test_training_learns_worth_that_a_feature_tells():
     for seed in range(80):
         snapshot = draw_snapshot(seed, n=2, m=6)
         truth = 2 * snapshot.cache_features[:, column]
-        snapshots.append(dataclasses.replace(snapshot, cache_utility=truth))
+        unknown = torch.full((6,), torch.nan)
+        snapshots.append(dataclasses.replace(snapshot, cache_utility=truth, cache_evidence=unknown))
     optimizer = torch.optim.AdamW(lens.parameters(), lr=0.02)
     batch, unseen = collate(snapshots[:60]), collate(snapshots[60:])
     for _ in range(60):
@@ -303,3 +331,28 @@ def test_rank_correlation_of_too_little_is_unknown():
 def test_values_out_of_range_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):
         ScoreLossConfig.parse(values)
+
+
+def test_strange_keys_deal_out_the_relevances_of_keys_and_nothing_else():
+    snapshots = [draw_snapshot(seed, m=8) for seed in range(40)]
+    before = [snapshot.cache_features.clone() for snapshot in snapshots]
+    strange = strange_keys(snapshots, 0.5, 7)
+    columns = [i for i, name in enumerate(FEATURE_NAMES) if name.startswith("learned")]
+    others = [i for i in range(N_FEATURES) if i not in columns]
+    dealt = 0
+    for old, new, features in zip(snapshots, strange, before, strict=True):
+        assert torch.equal(old.cache_features, features), "what was recorded stays"
+        assert torch.equal(new.cache_features[:, others], features[:, others])
+        rows = new.cache_features[:, columns]
+        assert sorted(rows.tolist()) == sorted(features[:, columns].tolist()), "together"
+        dealt += not torch.equal(rows, features[:, columns])
+    assert 10 <= dealt <= 30
+    again = strange_keys(snapshots, 0.5, 7)
+    assert all(
+        torch.equal(a.cache_features, b.cache_features) for a, b in zip(strange, again, strict=True)
+    )
+    untouched = strange_keys(snapshots, 0.0, 7)
+    assert all(
+        torch.equal(new.cache_features, features)
+        for new, features in zip(untouched, before, strict=True)
+    )

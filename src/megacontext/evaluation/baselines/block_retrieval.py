@@ -15,7 +15,8 @@ class BlockRetrieval(RawRival):
     """Reads the blocks that match best, with their neighbours, in the order of the history.
 
     The budget is spent in full: blocks in order of relevance, each hit followed by its neighbours,
-    as long as whole blocks fit beside the share of the newest tokens; these get the rest.
+    as long as whole blocks fit beside the share of the newest tokens; these get the rest. Small
+    models are easily distracted, and may answer better from less: see ``most_hits``.
 
     Args:
         base: the frozen base model.
@@ -25,6 +26,9 @@ class BlockRetrieval(RawRival):
             next follows them.
         neighbours: how many blocks on each side of a hit are read with it.
         query_tokens: how many of the newest tokens ask, where nothing else does.
+        most_hits: most hits that are read, the budget not spent in full; ``None``: all that fit.
+        most_recent: most of the newest tokens; ``None``: all that fit.
+        name: in tables; that of the class if empty.
     """
 
     def __init__(
@@ -36,11 +40,17 @@ class BlockRetrieval(RawRival):
         recent_share: float = 0.25,
         neighbours: int = 1,
         query_tokens: int = 64,
+        most_hits: int | None = None,
+        most_recent: int | None = None,
+        name: str = "",
     ) -> None:
         super().__init__(base, memory, budget)
+        self.name = name or self.name
         self.recent_share = recent_share
         self.neighbours = neighbours
         self.query_tokens = query_tokens
+        self.most_hits = most_hits
+        self.most_recent = most_recent
 
     @abstractmethod
     def rank(self, cursor: int, n_blocks: int, limit: int, query: str) -> list[int]:
@@ -55,16 +65,17 @@ class BlockRetrieval(RawRival):
 
     def spans(self, cursor: int, room: int, query: str) -> list[Span]:
         """Blocks and newest tokens; the whole history where it fits."""
-        if cursor <= room:
+        if cursor <= room and self.most_hits is None:
             return [(0, cursor)]
         size = self.memory.identity.block_size
-        recent = math.ceil(room * self.recent_share)
+        most = min(cursor, room if self.most_recent is None else self.most_recent)
+        recent = min(math.ceil(room * self.recent_share), most)
         n_blocks, places = (cursor - recent) // size, (room - recent) // size
         blocks: list[int] = []
         if n_blocks and places:
-            hits = self.rank(cursor, n_blocks, places, query)
+            hits = self.rank(cursor, n_blocks, min(places, self.most_hits or places), query)
             blocks = self._with_neighbours(hits, n_blocks)[:places]
-        newest = room - len(blocks) * size
+        newest = min(room - len(blocks) * size, most)
         found = [(block * size, (block + 1) * size) for block in blocks]
         return [*found, (cursor - newest, cursor)]
 

@@ -20,6 +20,8 @@ class RivalsConfig(FrozenConfig):
         sink_tokens: first tokens of the history that ``sink_window`` keeps.
         recent_share: of the room for history, what retrieving rivals keep for the newest tokens
             at least; they get all that the blocks found leave over, too.
+        few_hits: how many hits ``bm25_few`` and ``dense_few`` read, of all that would fit.
+        few_recent_tokens: how many of the newest tokens these read.
         neighbours: how many blocks before and behind a block found are read with it.
         key_layers: layers whose keys ``own_keys`` and ``infllm`` compare; all if empty. Of a long
             history ``own_keys`` keeps much: see there.
@@ -34,6 +36,8 @@ class RivalsConfig(FrozenConfig):
     sink_tokens: int = Field(default=4, ge=1)
     recent_share: float = Field(default=0.25, gt=0.0, le=1.0)
     neighbours: int = Field(default=1, ge=0)
+    few_hits: int = Field(default=8, ge=1)
+    few_recent_tokens: int = Field(default=64, ge=1)
     key_layers: tuple[int, ...] = ()
     key_tokens: int = Field(default=4, ge=1)
     chunk_tokens: int = Field(default=256, ge=1)

@@ -55,6 +55,15 @@ class _Parts:
             "query_tokens": self.config.engine.query_tokens,
         }
 
+    @property
+    def few(self) -> dict[str, Any]:
+        """The same of those that read little of what they found."""
+        config = self.config
+        return self.habits | {
+            "most_hits": config.few_hits,
+            "most_recent": config.few_recent_tokens,
+        }
+
     def engine(self, policy: FocusPolicy) -> Engine:
         return Engine(
             self.base,
@@ -84,6 +93,14 @@ def _bm25(parts: _Parts) -> Rival:
 
 def _dense(parts: _Parts) -> Rival:
     return DenseRetrieval(parts.base, parts.memory, parts.budget, **parts.habits)
+
+
+def _bm25_few(parts: _Parts) -> Rival:
+    return BM25Retrieval(parts.base, parts.memory, parts.budget, name="bm25_few", **parts.few)
+
+
+def _dense_few(parts: _Parts) -> Rival:
+    return DenseRetrieval(parts.base, parts.memory, parts.budget, name="dense_few", **parts.few)
 
 
 def _own_keys(parts: _Parts) -> Rival:
@@ -126,13 +143,21 @@ def _megacontext(policy: PolicyName | None, parts: _Parts) -> Rival:
     return EngineRival(name, engine, look_again=parts.config.look_again)
 
 
-_POLICIES: tuple[PolicyName, ...] = ("recency", "lexical", "attention", "lens")
+_POLICIES: tuple[PolicyName, ...] = (
+    "recency",
+    "lexical",
+    "likelihood",
+    "attention",
+    "lens",
+)
 _MAKERS: dict[str, Callable[[_Parts], Rival]] = {
     "full": _full,
     "window": _window,
     "sink_window": _sink_window,
     "bm25": _bm25,
+    "bm25_few": _bm25_few,
     "dense": _dense,
+    "dense_few": _dense_few,
     "own_keys": _own_keys,
     "infllm": _infllm,
     **{f"kvpress.{press}": partial(_kvpress, press) for press in PRESSES},

@@ -203,3 +203,30 @@ def gists_of(base, memory, text):
     new = base.encode(text)[memory.n_tokens :]
     built = GistBuilder(base, GistNet.untrained(base.d_model)).build(memory, new)
     return built.gists, built.keys, built.fidelity, built.block_texts
+
+
+def test_few_hits_leave_the_rest_of_the_budget_alone(base, remember):
+    memory = remember(base)
+    rival = listed(base, memory, (9, 3, 15), most_hits=2, most_recent=20)
+    rival.context(900, torch.arange(12), 20)
+    # 160 tokens of room less 20 newest ones hold four blocks: a hit with both neighbours, and one.
+    assert rival.raw_spans == [(3 * K, 4 * K), (8 * K, 11 * K), (880, 900)]
+    rival = listed(base, memory, (9, 3, 15), most_hits=1, most_recent=20, neighbours=0)
+    rival.context(900, torch.arange(12), 20)
+    assert rival.raw_spans == [(9 * K, 10 * K), (880, 900)]
+    rival.context(100, torch.arange(12), 20)
+    assert rival.raw_spans == [(80, 100)], "what it did not find it does not read"
+
+
+def test_the_few_are_as_configured(base, remember, habits):
+    memory = remember(base, words(300, seed=1) + " zebra quartz " + words(600, seed=2))
+    few = habits.model_copy(update={"few_hits": 1, "few_recent_tokens": 16, "neighbours": 0})
+    (rival,) = rivals(["bm25_few"], base, memory, config=few)
+    assert rival.name == "bm25_few"
+    end = memory.n_tokens
+    rival.context(end, torch.arange(4), 8, "zebra?")
+    assert len(rival.raw_spans) == 2
+    start, stop = rival.raw_spans[0]
+    assert stop - start == K
+    assert "zebra" in base.decode(memory.tokens(start - 8, stop))
+    assert rival.raw_spans[1] == (end - 16, end)

@@ -1,0 +1,120 @@
+"""KV ``incremental`` beside ``exact``, for suite ``cost``."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megacontext.errors import ConfigError
+from megacontext.evaluation.cost_config import CostSuiteConfig
+from megacontext.evaluation.kv_modes import (
+    Compared,
+    RefocusTimes,
+    compare_on_answers,
+    compare_on_prose,
+    refocus_times,
+)
+from megacontext.evaluation.metrics import Estimate, mean, ratio_of_medians
+from megacontext.evaluation.noise import NoiseTokens
+from megacontext.evaluation.recall_questions import RecallConfig, recall_questions
+from megacontext.memory import Memory
+from megacontext.runtime.engine import Engine
+from megacontext.runtime.session import Session
+
+_QUERY_TOKENS = 12
+_FACTS = 40
+_ASKED = 5
+
+
+def refocus_ratio(
+    config: CostSuiteConfig,
+    session: Session,
+    path: Path,
+    draw: Callable[[Memory, int, int], str],
+) -> Estimate:
+    """A whole refocus in ``incremental`` over the same one in ``exact``.
+
+    Scores and edits, which are the same in both, count in both.
+
+    Args:
+        config: how many refocuses, and with how many edits.
+        session: the models.
+        path: a memory.
+        draw: a text from its history, by number of tokens and of the query.
+
+    Raises:
+        ConfigError: no refocus made that many edits.
+    """
+    allocator = config.engine.allocator.model_copy(
+        update={"max_edits": config.refocus_edits, "cooldown": 0}
+    )
+    with Memory.open(path) as memory:
+        engine = Engine(
+            session.base,
+            memory,
+            gistnet=session.gistnet,
+            lens=session.lens,
+            policy=session.policy(),
+            config=config.engine.model_copy(update={"allocator": allocator}),
+        )
+        queries = [draw(memory, _QUERY_TOKENS, number) for number in range(config.refocuses + 1)]
+        times = refocus_times(engine, queries)
+    return whole_ratio(times, config.refocus_edits)
+
+
+def whole_ratio(times: RefocusTimes, edits: int) -> Estimate:
+    """Focus and reading in ``incremental`` over those in ``exact``, of refocuses of ``edits``.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    chosen = [index for index, count in enumerate(times.edits) if count == edits]
+    if not chosen:
+        raise ConfigError(
+            f"none of {len(times.edits)} refocuses made {edits} edits; raise refocuses or lower "
+            "refocus_edits"
+        )
+    exact, incremental = times.whole("exact"), times.whole("incremental")
+    return ratio_of_medians(
+        [incremental[index] for index in chosen], [exact[index] for index in chosen]
+    )
+
+
+def incremental_losses(config: CostSuiteConfig, session: Session) -> dict[str, Estimate]:
+    """Nats per token that ``incremental`` loses, on prose and on answers, and answers lost."""
+    base, gistnet = session.base, session.gistnet
+    noise = NoiseTokens.read(base)
+    prose = list(
+        itertools.chain.from_iterable(
+            compare_on_prose(
+                base,
+                gistnet,
+                config.engine,
+                noise,
+                history=config.prose_history,
+                blocks=config.prose_blocks,
+                seed=f"cost/{config.seed}/{number}",
+            )
+            for number in range(config.prose_streams)
+        )
+    )
+    asked = RecallConfig(task="planted", facts=_FACTS, asked=_ASKED)
+    questions = recall_questions(
+        noise, asked, count=config.recall_answers, length=config.recall_history, seed=config.seed
+    )
+    return loss_results(prose, compare_on_answers(base, gistnet, config.engine, questions))
+
+
+def loss_results(prose: Sequence[Compared], answers: Sequence[Compared]) -> dict[str, Estimate]:
+    """The losses by their published names; the one without a kind is the larger of the two."""
+    by_kind = {
+        "prose": mean([item.delta for item in prose]),
+        "recall": mean([item.delta for item in answers]),
+    }
+    lost = [float(item.exact_right and not item.incremental_right) for item in answers]
+    return {
+        "incremental_delta_nll": max(by_kind.values(), key=lambda loss: loss.value),
+        **{f"incremental_delta_nll.{kind}": loss for kind, loss in by_kind.items()},
+        "incremental_answers_lost": mean(lost),
+    }
