@@ -101,7 +101,8 @@ class LensPolicy:
         relative_floor: what scores below this share of the best proposal is not asked for:
             scores say what a block is worth alone, not how much it distracts beside others.
         calm_nats: while nobody asks, what scores below this is not asked for, and raw blocks make
-            room by age alone: what comes next in a text is seldom told far back.
+            room by age alone. ``None``: then nothing is scored at all. What comes next in a text is
+            seldom told far back, and what was opened for it made prose harder to predict.
         neighbour_share: of a proposal's score that the block before it and the one behind it get at
             least, as with BM25.
         key_index: how keys are searched once they are many.
@@ -114,8 +115,8 @@ class LensPolicy:
         lens: LensNet,
         *,
         proposals: int = 16,
-        relative_floor: float = 0.45,
-        calm_nats: float = 4.0,
+        relative_floor: float = 0.2,
+        calm_nats: float | None = None,
         neighbour_share: tuple[float, float] = (0.5, 0.8),
         key_index: KeyIndexConfig | None = None,
     ) -> None:
@@ -134,8 +135,8 @@ class LensPolicy:
     def score(self, view: FocusView) -> FocusScores:
         """The lens's scores; a proposed block that is raw already is kept for its score."""
         context = view.context
-        if not len(context):
-            return FocusScores.unknown(0)
+        if not len(context) or (not view.asked and self.calm_nats is None):
+            return FocusScores.unknown(len(context))
         inputs = self.inputs(view)
         scores = self.lens(inputs.entries, inputs.cache, inputs.tail)
         signed = scores.entry[0].float()
@@ -143,7 +144,7 @@ class LensPolicy:
         n_old = context.raw_start // context.block_size
         blocks, worth = spread(inputs.blocks, worth, self.neighbour_share, n_old)
         least = self.relative_floor * float(worth[0]) if len(worth) else 0.0
-        if not view.asked:
+        if not view.asked and self.calm_nats is not None:
             least = max(least, self.calm_nats)
             signed = signed.clamp(min=0.0)
         proposed = proposals_to_scores(context, blocks, worth.masked_fill(worth < least, 0.0))
