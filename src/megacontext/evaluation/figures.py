@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 from megacontext.errors import ConfigError
@@ -23,3 +24,8 @@ def svg_pyplot() -> Any:
     matplotlib.use("Agg")
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "megacontext"})
     return importlib.import_module("matplotlib.pyplot")
+
+
+def color_map(colors: Sequence[str]) -> Any:
+    """A colour map of exactly these colours, for whole numbers from 0; needs matplotlib."""
+    return importlib.import_module("matplotlib.colors").ListedColormap(list(colors))

@@ -31,7 +31,7 @@ class PocLoopConfig(FrozenConfig):
         text: file to read; the bundled book if none.
         characters: how much of it.
         facts: planted and asked at the end.
-        log_every: refocuses between two lines of the log; a refocus of a question is always shown.
+        log_every: refocuses between two lines of the log; those of a question are all shown.
         max_new_tokens: most tokens of an answer.
         seed: of the facts and their places.
         record: file that the session is written to, content and all, for ``tools.replay_session``;
@@ -48,12 +48,17 @@ class PocLoopConfig(FrozenConfig):
     record: Path | None = None
 
 
-def run_poc_loop(config: PocLoopConfig, say: Callable[[str], None]) -> dict[str, Any]:
+def run_poc_loop(
+    config: PocLoopConfig,
+    say: Callable[[str], None],
+    watch: Callable[[FocusRecord], None] | None = None,
+) -> dict[str, Any]:
     """Streams a text under budget, asks its planted facts, and tells what the focus did.
 
     Args:
         config: the session.
         say: takes the log, line by line.
+        watch: is shown every refocus.
 
     Returns:
         Answers, edits, swap rate and the state of the engine.
@@ -71,14 +76,21 @@ def run_poc_loop(config: PocLoopConfig, say: Callable[[str], None]) -> dict[str,
         edits = 0
         for record in speaker.stream(text, Source(uri="poc:text")):
             edits += len(record.edits)
+            if watch is not None:
+                watch(record)
             if record.round % config.log_every == 0:
                 _log_record(record, say)
         for fact in facts:
+            before = engine.focus.state.round
             prompt = QUESTION_TEMPLATE.format(question=fact.question)
             answer = speaker.ask(
                 prompt, max_new_tokens=config.max_new_tokens, stop="\n", query=fact.question
             ).strip()
-            _log_record(engine.focus.records[-1], say)
+            for record in engine.focus.records:
+                if record.round > before:
+                    _log_record(record, say)
+                    if watch is not None:
+                        watch(record)
             say(f"asked {fact.question!r}: {answer!r}, expected {fact.answer!r}")
             asked.append({"question": fact.question, "answer": answer, "expected": fact.answer})
         return {"answers": asked, "edits": edits, "state": _state(engine)}
