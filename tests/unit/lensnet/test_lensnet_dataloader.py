@@ -231,7 +231,7 @@ def test_damaged_files_are_named(dataset):
     for text, message in (
         ("{", "cannot be read"),
         ("{}", "not the index"),
-        (json.dumps(values | {"version": 2}), "format version 2"),
+        (json.dumps(values | {"version": 1}), "format version 1"),
     ):
         index.write_text(text)
         with pytest.raises(DataError, match=message):
