@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import needs
 import pytest
 from command_line import run_module
 from tiny_models import tiny_model, tiny_tokenizer
@@ -15,12 +16,7 @@ from megacontext.memory import Memory
 from tools._campaign import CaseLog
 from tools._corruption_runner import damages, flips, make_states
 from tools._fault_runner import Stage, _check
-from tools._faults import compiler
 from tools._memory_script import STEPS, append, read, rebuild, small_memory
-
-NEEDS_COMPILER = pytest.mark.skipif(
-    compiler() is None, reason="the shim that makes calls fail needs Linux and a C compiler"
-)
 
 
 def campaign(name: str, *settings: object) -> dict:
@@ -40,7 +36,7 @@ def test_writers_that_are_killed_lose_nothing(tmp_path):
     assert any("a commit that was not" in outcome for outcome in result["outcomes"])
 
 
-@NEEDS_COMPILER
+@needs.COMPILER
 def test_every_call_that_writes_may_fail_or_be_the_last():
     result = campaign("fault", "cases=90")
     assert result["cases"] == 90

@@ -8,21 +8,19 @@ import sqlite3
 from collections import Counter
 from pathlib import Path
 
+import needs
 import pytest
 import torch
 from tiny_models import save_tiny_model
 
 from megacontext.memory import Memory
 from megacontext.runtime.base_model import BaseModel
-from tools._faults import FAULTS, answer, compiler, start
+from tools._faults import FAULTS, answer, start
 
 FACT = "The secret code of the rusty lantern is 48213. "
 STORY = "The baker of the village went to the river every morning. "
 # No two begin alike, so that each of them lies whole in the index of words.
 PRIVATE = ("quagga", "zephyr", "obelisk", "xylem", "jonquil", "kumquat", "yucca", "vermouth")
-NEEDS_COMPILER = pytest.mark.skipif(
-    compiler() is None, reason="the shim that makes calls fail needs Linux and a C compiler"
-)
 
 
 def private_text() -> str:
@@ -148,7 +146,7 @@ def test_a_copy_that_a_repair_has_kept_is_named(megacontext, memory, tmp_path):
     assert copy in done.err
 
 
-@NEEDS_COMPILER
+@needs.COMPILER
 def test_a_call_that_fails_or_is_the_last_leaves_the_old_memory_or_the_new_one(tmp_path):
     """Each case: the memory is whole, a second call does the rest, and no token is left."""
     model = save_tiny_model(tmp_path / "model", max_positions=2048)

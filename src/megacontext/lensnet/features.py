@@ -146,13 +146,13 @@ def span_features(facts: SpanFacts) -> Tensor:
     fidelity, fidelity_known = _known(facts.fidelity, mask)
     columns += [fidelity.log1p(), fidelity_known]
     lexical, lexical_known = _known(facts.lexical, mask)
-    columns += [lexical.log1p(), _share(lexical), lexical_known]
+    columns += [lexical.log1p(), share_of_best(lexical), lexical_known]
     attention, attention_known = _known(facts.attention, mask)
-    columns += [attention, _share(attention), attention_known]
+    columns += [attention, share_of_best(attention), attention_known]
     learned, learned_known = _known(facts.learned, mask)
-    columns += [learned, _closeness(learned, learned_known), learned_known]
+    columns += [learned, closeness(learned, learned_known), learned_known]
     likelihood, likelihood_known = _known(facts.likelihood, mask)
-    likelier = _closeness(likelihood / _NATS_APART, likelihood_known, facts.told)
+    likelier = closeness(likelihood / _NATS_APART, likelihood_known, facts.told)
     columns += [likelihood / 10, likelier, likelihood_known]
     stacked = torch.stack([column.to(torch.float32) for column in columns], dim=-1)
     return stacked.masked_fill(~mask[..., None], 0.0)
@@ -185,13 +185,20 @@ def _best(score: Tensor) -> Tensor:
     return score.amax(dim=1, keepdim=True)
 
 
-def _share(score: Tensor) -> Tensor:
+def share_of_best(score: Tensor) -> Tensor:
+    """Scores ``[batch, spans]``, not negative, over the best one of their row; 0 without any."""
     best = _best(score)
     return score / best.where(best > 0, torch.ones_like(best))
 
 
-def _closeness(score: Tensor, known: Tensor, apart: Tensor | None = None) -> Tensor:
-    """``exp(score - best)``, 1 at most; the best is sought among those not ``apart``, if any."""
+def closeness(score: Tensor, known: Tensor, apart: Tensor | None = None) -> Tensor:
+    """``exp(score - best)`` of scores ``[batch, spans]``, 1 at most; 0 where none is known.
+
+    Args:
+        score: finite.
+        known: bool, which scores there are.
+        apart: bool; the best is sought among the known others, where there are any.
+    """
     eligible = known if apart is None else known & ~apart
     eligible = torch.where(eligible.any(dim=1, keepdim=True), eligible, known)
     best = _best(score.masked_fill(~eligible, -torch.inf))

@@ -62,10 +62,10 @@ class FocusLoop:
         telemetry: told of every refocus.
         budget: ``W``.
         tail_tokens: newest tokens that stay raw.
+        asked_tail_tokens: the same for a question of its own, if that is less.
         gist_cost: ``S``.
         query_tokens: how many of the newest tokens ask.
         keep_records: how many records to keep.
-        asked_tail_tokens: the same for a question of its own, if that is less.
         kv: what the base computes again after an edit, for telemetry.
     """
 

@@ -16,6 +16,7 @@ from megacontext.lensnet import (
     entry_legality,
     span_features,
 )
+from megacontext.lensnet.features import closeness, share_of_best
 from megacontext.memory import KeyIndex, KeyIndexConfig, Memory
 from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.focus_policies import (
@@ -44,6 +45,7 @@ class _Proposed:
     learned: Tensor
     attention: Tensor
     likelihood: Tensor
+    told: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,25 +225,28 @@ class LensPolicy:
         blocks = blocks[blocks * context.block_size < context.raw_start]
         mass = attention[context.indices_of(blocks * context.block_size)]
         lexical, learned = _placed(blocks, found, points), _placed(blocks, keyed, relevance)
-        return _Proposed(
-            blocks, lexical, learned, mass, self._likelihoods(view, blocks, lexical, learned)
-        )
+        likelihood, told = self._likelihoods(view, blocks, lexical, learned)
+        return _Proposed(blocks, lexical, learned, mass, likelihood, told)
 
     def _likelihoods(
         self, view: FocusView, blocks: Tensor, lexical: Tensor, learned: Tensor
-    ) -> Tensor:
-        """Nats that blocks make the question likelier; NaN but for the best of both indices."""
+    ) -> tuple[Tensor, Tensor]:
+        """Nats that blocks make the question likelier, and which were raw before it was asked.
+
+        Of the best of both indices; NaN, and not told, for the others.
+        """
         likelihood = torch.full((len(blocks),), torch.nan)
+        told = torch.zeros(len(blocks), dtype=torch.bool)
         most = self.lens.config.likelihoods
         if not view.asked or not most or not len(blocks):
-            return likelihood
+            return likelihood, told
         # As the features say it: shares of the best, which can be compared.
-        points, near = lexical.nan_to_num(0.0), learned.nan_to_num(-torch.inf)
-        share = points / points.max().clamp(min=torch.finfo(points.dtype).tiny)
-        near = torch.where(near.isfinite(), near - near.max(), near).exp()
-        best = (share + near).topk(min(most, len(blocks))).indices
+        points, near = lexical.nan_to_num()[None], learned.nan_to_num()[None]
+        promising = share_of_best(points) + closeness(near, ~learned.isnan()[None])
+        best = promising[0].topk(min(most, len(blocks))).indices
         likelihood[best] = self._likelihood.gains(view, blocks[best])
-        return likelihood
+        told[best] = self._likelihood.told(view, blocks[best])
+        return likelihood, told
 
     def _by_attention(self, context: WorkingContext, attention: Tensor) -> Tensor:
         """Blocks whose level-1 gists the base attends to most."""
@@ -322,7 +327,7 @@ class LensPolicy:
             attention=proposed.attention[None],
             learned=proposed.learned[None],
             likelihood=proposed.likelihood[None],
-            told=self._likelihood.told(view, blocks)[None],
+            told=proposed.told[None],
             in_context=no,
             newest=no,
             root=no,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from megacontext.lensnet.features import closeness
 from megacontext.runtime.focus_policies import (
     FocusView,
     LexicalPolicy,
@@ -59,9 +60,9 @@ class LikelihoodPolicy:
             return proposals_to_scores(context, blocks, torch.empty(0))
         gains = self._likelihood.gains(view, blocks)
         told = self._likelihood.told(view, blocks)
-        best = gains[~told].max() if not bool(told.all()) else gains.max()
+        known = torch.ones(1, len(blocks), dtype=torch.bool)
         worth = gains.masked_fill(gains < self.least_nats, 0.0)
-        worth = worth * ((gains - best) / self.nats_apart).clamp(max=0.0).exp()
+        worth = worth * closeness(gains[None] / self.nats_apart, known, told[None])[0]
         kept = (worth > 0) & (
             worth >= self.relative_floor * float(worth.masked_fill(told, 0.0).max())
         )
