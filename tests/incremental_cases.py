@@ -59,6 +59,7 @@ class SlowReading:
                 rows += [((level, start, slot), position + slot) for slot in slots]
             else:
                 rows += [(token, position + token - start) for token in range(start, end)]
+        rows.sort(key=lambda row: row[1])
         after = rows[-1][1] + 1 if rows else 0
         return rows + [(window.cursor + i, after + i) for i in range(n_pending)]
 

@@ -67,6 +67,7 @@ def compare(engine, reading, slow, window, pending, logits, slow_logits):
     ("base", "reader", "slots", "positions"),
     [
         ("qwen3", "kv", 2, "packed"),
+        ("qwen3", "embedding", 1, "gists_first"),
         ("qwen3", "embedding", 1, "timeline"),
         ("gemma3", "kv", 1, "timeline"),
     ],

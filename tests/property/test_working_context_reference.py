@@ -150,6 +150,12 @@ def test_positions_grow_by_rows_and_keep_recent_distances(context, spare, data):
     packed = context.positions("packed", limit, rows_per_gist=rows_per_gist)
     timeline = context.positions("timeline", limit, rows_per_gist=rows_per_gist)
     assert packed.tolist() == (rows.cumsum(0) - rows).tolist()
+    gists_first = context.positions("gists_first", limit, rows_per_gist=rows_per_gist)
+    order = sorted(range(len(context)), key=lambda i: (int(context.levels[i]) == 0, i))
+    at = 0
+    for entry in order:
+        assert int(gists_first[entry]) == at
+        at += int(rows[entry])
     for first in (packed, timeline):
         assert bool((first[1:] >= (first + rows)[:-1]).all())
         assert bool(((first >= 0) & (first + rows <= max(limit, 0))).all())

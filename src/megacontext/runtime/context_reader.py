@@ -20,7 +20,7 @@ class ContextReader:
         base: the frozen base model.
         gistnet: its reader decides whether gists become rows or bring keys and values along.
         memory: where tokens and gists lie.
-        positions: ``packed`` or ``timeline``.
+        positions: see :meth:`WorkingContext.positions`.
         max_positions: positions the base may use, from 0.
     """
 

@@ -50,7 +50,7 @@ class EngineConfig(FrozenConfig):
             less: what came last is no likelier to tell than anything else, and stands in between.
         gist_slots: ``S``, entries that a gist is read as and costs; by default all that the GistNet
             gives. Fewer leave room for more spans, each read less exactly.
-        positions: ``packed`` or ``timeline``.
+        positions: in which order what is read stands; see :meth:`WorkingContext.positions`.
         kv: what an edit costs while an answer is written. ``exact``: everything from the first
             edited entry on is computed again. ``incremental``: unedited entries keep their keys
             and values; only what was inserted is computed, and what asks (``query_tokens``).
@@ -66,7 +66,7 @@ class EngineConfig(FrozenConfig):
     tail_tokens: int = Field(default=256, ge=0)
     asked_tail_tokens: int = Field(default=64, ge=0)
     gist_slots: int | None = Field(default=None, ge=1)
-    positions: PositionPolicy = "packed"
+    positions: PositionPolicy = "gists_first"
     kv: KVMode = "exact"
     kv_halo: int = Field(default=0, ge=0)
     query_tokens: int = Field(default=64, ge=1)

@@ -204,12 +204,10 @@ def entry_attention(view: FocusView, query_rows: int) -> Tensor:
     context = view.context
     reading = view.reader.read(context, view.pending)
     mass = view.base.attention_to(reading, min(query_rows, reading.n_rows)).cpu()
-    rows = torch.where(context.levels > 0, context.gist_cost, context.widths)
-    entry = torch.repeat_interleave(rows)
-    if reading.n_gists:
-        is_gist = context.levels[entry] > 0
-        entry = torch.cat((entry[is_gist], entry[~is_gist]))
-    return torch.zeros(len(context)).index_add_(0, entry, mass[: len(entry)])
+    rows, gists = view.reader.split(view.reader.layout(context, len(view.pending)))
+    starts = torch.cat((gists.starts, rows.starts))
+    told = starts < context.cursor
+    return torch.zeros(len(context)).index_add_(0, context.indices_of(starts[told]), mass[told])
 
 
 def proposals_to_scores(context: WorkingContext, blocks: Tensor, utility: Tensor) -> FocusScores:

@@ -16,7 +16,7 @@ from megacontext.lensnet import (
     entry_legality,
     span_features,
 )
-from megacontext.lensnet.features import closeness, share_of_best
+from megacontext.lensnet.features import share_of_best
 from megacontext.memory import KeyIndex, KeyIndexConfig, Memory
 from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.focus_policies import (
@@ -34,6 +34,8 @@ from megacontext.runtime.working_context import WorkingContext
 _ASKING_ROWS = 16
 # Keys compared at a time: as float32 they stay in a processor's cache, which halves the search.
 _KEYS_AT_ONCE = 8_192
+# So much relevance weighs as much as all of the best BM25 score, where both decide together.
+_RELEVANCE_APART = 10.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +52,10 @@ class _Proposed:
 
 @dataclass(frozen=True, eq=False)
 class _Searched:
-    """What a query found: further looks of one round of looks ask the same of the same history."""
+    """What a query found: further looks of one round of looks ask the same of the same history.
+
+    ``blocks`` are ``[c]`` int64, ascending; what an index does not say of one is NaN.
+    """
 
     base: BaseModel
     memory: Memory
@@ -59,8 +64,9 @@ class _Searched:
     n_proposable: int
     query: Tensor
     tail: TailStates
-    lexical: tuple[Tensor, Tensor]
-    learned: tuple[Tensor, Tensor]
+    blocks: Tensor
+    lexical: Tensor
+    learned: Tensor
 
     def answers(self, view: FocusView) -> bool:
         """Whether a view would find just this."""
@@ -99,14 +105,16 @@ class LensPolicy:
 
     Args:
         lens: the scorer.
-        proposals: most blocks each index proposes.
+        proposals: most blocks that each index, and both together, propose.
+        candidates: best blocks of each index that both together choose from: what neither puts
+            first may be what both know.
         relative_floor: what scores below this share of the best proposal is not asked for:
             scores say what a block is worth alone, not how much it distracts beside others.
         calm_nats: while nobody asks, what scores below this is not asked for, and raw blocks make
             room by age alone. ``None``: then nothing is scored at all. What comes next in a text is
             seldom told far back, and what was opened for it made prose harder to predict.
         neighbour_share: of a proposal's score that the block before it and the one behind it get at
-            least, as with BM25.
+            least.
         key_index: how keys are searched once they are many.
     """
 
@@ -117,20 +125,22 @@ class LensPolicy:
         lens: LensNet,
         *,
         proposals: int = 16,
+        candidates: int = 1024,
         relative_floor: float = 0.2,
         calm_nats: float | None = None,
-        neighbour_share: tuple[float, float] = (0.5, 0.8),
+        neighbour_share: tuple[float, float] = (0.3, 0.3),
         key_index: KeyIndexConfig | None = None,
     ) -> None:
         self.lens = lens
         self.proposals = proposals
+        self.candidates = candidates
         self.relative_floor = relative_floor
         self.calm_nats = calm_nats
         self.neighbour_share = neighbour_share
         self._key_config = key_index
         self._keys: KeyIndex | None = None
         self._searched: _Searched | None = None
-        self._lexical = LexicalPolicy(proposals=proposals, nats_per_point=1.0)
+        self._lexical = LexicalPolicy(proposals=candidates, nats_per_point=1.0)
         self._likelihood = QueryLikelihood()
 
     @torch.inference_mode()
@@ -202,6 +212,9 @@ class LensPolicy:
             return known
         hidden = view.base.features(view.query).float().cpu()[None]
         tail = TailStates(hidden, torch.ones(hidden.shape[:2], dtype=torch.bool))
+        found, points = self._lexical.search(view)
+        keyed, relevance = self._by_keys(view, tail)
+        blocks = torch.unique(torch.cat((found, keyed)))
         self._searched = _Searched(
             view.base,
             view.memory,
@@ -210,43 +223,36 @@ class LensPolicy:
             view.n_proposable,
             view.query.clone(),
             tail,
-            self._lexical.search(view),
-            self._by_keys(view, tail),
+            blocks,
+            _placed(blocks, found, points),
+            _placed(blocks, keyed, relevance),
         )
         return self._searched
 
     def _propose(self, view: FocusView, searched: _Searched, attention: Tensor) -> _Proposed:
-        """What any index proposes, raw blocks too."""
+        """What any index proposes, raw blocks too; the base reads the best of them."""
         context = view.context
-        found, points = searched.lexical
-        keyed, relevance = searched.learned
         attended = self._by_attention(context, attention)
-        blocks = torch.unique(torch.cat((found, keyed, attended)))
+        blocks = torch.unique(torch.cat((searched.blocks, attended)))
         blocks = blocks[blocks * context.block_size < context.raw_start]
-        mass = attention[context.indices_of(blocks * context.block_size)]
-        lexical, learned = _placed(blocks, found, points), _placed(blocks, keyed, relevance)
-        likelihood, told = self._likelihoods(view, blocks, lexical, learned)
-        return _Proposed(blocks, lexical, learned, mass, likelihood, told)
-
-    def _likelihoods(
-        self, view: FocusView, blocks: Tensor, lexical: Tensor, learned: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Nats that blocks make the question likelier, and which were raw before it was asked.
-
-        Of the best of both indices; NaN, and not told, for the others.
-        """
+        lexical = _placed(blocks, searched.blocks, searched.lexical)
+        learned = _placed(blocks, searched.blocks, searched.learned)
+        both = _together(lexical, learned)
+        most = self.lens.config.likelihoods if view.asked else 0
+        read = _by_turns(both, learned)[:most]
+        ranked = [_best(values, self.proposals) for values in (lexical, learned, both)]
+        known = torch.unique(
+            torch.cat((read, *ranked, torch.isin(blocks, attended).nonzero()[:, 0]))
+        )
+        read = torch.searchsorted(known, read)
+        blocks, lexical, learned = blocks[known], lexical[known], learned[known]
         likelihood = torch.full((len(blocks),), torch.nan)
         told = torch.zeros(len(blocks), dtype=torch.bool)
-        most = self.lens.config.likelihoods
-        if not view.asked or not most or not len(blocks):
-            return likelihood, told
-        # As the features say it: shares of the best, which can be compared.
-        points, near = lexical.nan_to_num()[None], learned.nan_to_num()[None]
-        promising = share_of_best(points) + closeness(near, ~learned.isnan()[None])
-        best = promising[0].topk(min(most, len(blocks))).indices
-        likelihood[best] = self._likelihood.gains(view, blocks[best])
-        told[best] = self._likelihood.told(view, blocks[best])
-        return likelihood, told
+        if len(read):
+            likelihood[read] = self._likelihood.gains(view, blocks[read])
+            told[read] = self._likelihood.told(view, blocks[read])
+        mass = attention[context.indices_of(blocks * context.block_size)]
+        return _Proposed(blocks, lexical, learned, mass, likelihood, told)
 
     def _by_attention(self, context: WorkingContext, attention: Tensor) -> Tensor:
         """Blocks whose level-1 gists the base attends to most."""
@@ -267,7 +273,7 @@ class LensPolicy:
             self._keys = KeyIndex(memory, self._key_config)
         return self._keys.search(
             asked,
-            self.proposals,
+            self.candidates,
             old,
             lambda keys: self.lens.relevance(queries, keys, chunk=_KEYS_AT_ONCE)[0],
         )
@@ -352,6 +358,34 @@ def _placed(blocks: Tensor, found: Tensor, values: Tensor) -> Tensor:
     known = torch.isin(found, blocks)
     placed[torch.searchsorted(blocks, found[known])] = values[known]
     return placed
+
+
+def _together(lexical: Tensor, learned: Tensor) -> Tensor:
+    """``[c]``: share of the best BM25 score, plus how close the key is to the closest one.
+
+    What an index does not know counts as no match, or as the farthest key known.
+    """
+    points = share_of_best(lexical.nan_to_num()[None])[0]
+    known = learned[~learned.isnan()]
+    if not len(known):
+        return points
+    near = torch.where(learned.isnan(), known.min(), learned) - known.max()
+    return points + near / _RELEVANCE_APART
+
+
+def _best(values: Tensor, most: int) -> Tensor:
+    """Places ``[m]`` of the highest values that are not NaN, best first."""
+    known = (~values.isnan()).nonzero()[:, 0]
+    return known[values[known].topk(min(most, len(known))).indices]
+
+
+def _by_turns(first: Tensor, second: Tensor) -> Tensor:
+    """All places ``[c]``: the best by ``first``, the best by ``second``, the next best of each."""
+    turns = torch.full((2, len(first)), 2 * len(first))
+    for number, values in enumerate((first, second)):
+        order = _best(values, len(values))
+        turns[number, order] = torch.arange(len(order)) * 2 + number
+    return turns.amin(dim=0).argsort(stable=True)
 
 
 def _roots(context: WorkingContext) -> Tensor:

@@ -49,10 +49,10 @@ class RowLayout:
         offset = torch.arange(len(entry)) - (rows.cumsum(0) - rows)[entry]
         positions = context.positions(policy, max_positions)[entry] + offset
         levels, starts = context.levels[entry], context.starts[entry]
-        after = int(positions[-1]) + 1 if len(positions) else 0
+        after = int(positions.max()) + 1 if len(positions) else 0
         pending = torch.arange(n_pending)
         nothing = torch.zeros_like(pending)
-        return cls(
+        layout = cls(
             levels=torch.cat((levels, nothing)),
             starts=torch.cat(
                 (torch.where(levels > 0, starts, starts + offset), pending + context.cursor)
@@ -61,6 +61,7 @@ class RowLayout:
             positions=torch.cat((positions, pending + after)),
             block_size=context.block_size,
         )
+        return layout[layout.positions.argsort()]
 
     @cached_property
     def ids(self) -> Tensor:

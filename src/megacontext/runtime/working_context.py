@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megacontext.errors import ConfigError, InputError, InvariantError
 
-PositionPolicy = Literal["packed", "timeline"]
+PositionPolicy = Literal["gists_first", "packed", "timeline"]
 
 _KEY_LEVELS = 64  # no int64 token index has a span of level 64, since K >= 2
 
@@ -391,10 +391,12 @@ class WorkingContext:
     def positions(
         self, policy: PositionPolicy, max_positions: int, *, rows_per_gist: int | None = None
     ) -> Tensor:
-        """Position of each entry's first row, ``[n]`` int64, strictly increasing.
+        """Position of each entry's first row, ``[n]`` int64, distinct.
 
-        ``packed`` numbers the rows 0, 1, 2, ...; ``timeline`` keeps the true distance to the cursor
-        for the newest entries, and packs the oldest from 0 where that would leave the range.
+        ``packed`` numbers the rows 0, 1, 2, ... in the order of time; ``gists_first`` numbers those
+        of all gists before those of all raw blocks, each in the order of time, so that statements
+        stand as close together as in a text; ``timeline`` keeps the true distance to the cursor for
+        the newest entries, and packs the oldest from 0 where that would leave the range.
 
         Args:
             policy: how positions follow from the entries.
@@ -420,6 +422,12 @@ class WorkingContext:
         packed = after - rows
         if policy == "packed":
             return packed
+        if policy == "gists_first":
+            of_gists = rows.masked_fill(self.levels == 0, 0)
+            gists_before = of_gists.cumsum(0) - of_gists
+            return torch.where(
+                self.levels > 0, gists_before, packed - gists_before + int(of_gists.sum())
+            )
         # An entry never takes more rows than it covers tokens, so the larger of two sequences that
         # both grow by at least the rows grows by at least the rows, too.
         return torch.maximum(packed, self.starts - max(0, self.cursor - max_positions))

@@ -36,7 +36,10 @@ def slow_reading(engine, pending, ahead=0):
     last = base.max_positions - len(pending) - ahead
     shift = max(0, context.cursor - last)
     rows, gists, packed = [], [], 0
-    for level, start, end in context.spans().tolist():
+    spans = context.spans().tolist()
+    if engine.config.positions == "gists_first":
+        spans.sort(key=lambda span: span[0] == 0)
+    for level, start, end in spans:
         position = packed
         if engine.config.positions == "timeline":
             position = max(packed, start - shift)
@@ -67,7 +70,7 @@ def slow_reading(engine, pending, ahead=0):
 
 
 @reader_kinds()
-@pytest.mark.parametrize("positions", ["packed", "timeline"])
+@pytest.mark.parametrize("positions", ["gists_first", "packed", "timeline"])
 @pytest.mark.parametrize("ahead", [0, 20])
 def test_reading_equals_the_loop(base, reader, slots, positions, ahead, tmp_path):
     engine = mixed_engine(base, tmp_path, reader, slots, positions)

@@ -146,6 +146,40 @@ def test_keys_propose_blocks(base, tmp_path):
     assert sorted(found) == sorted(relevance.topk(4).indices.tolist())
 
 
+def test_both_indices_together_propose_what_neither_puts_first(base, tmp_path, monkeypatch):
+    """Block 5 is third for each index, and the first of all by the sum."""
+    lens = make_lens(base)
+    policy = LensPolicy(lens, proposals=2)
+    view = asking(told(new_engine(tmp_path, base)), base.encode("where does it sleep"))
+    found = torch.tensor([1, 2, 5]), torch.tensor([4.0, 3.9, 3.8])
+    keyed = torch.tensor([7, 8, 5]), torch.tensor([9.0, 8.9, 8.8])
+    monkeypatch.setattr(policy._lexical, "search", lambda _: found)
+    monkeypatch.setattr(policy, "_by_keys", lambda *_: keyed)
+    inputs = policy.inputs(view)
+    # 5 scores .95 - .02 together, 1 and 2 are as far as the farthest key: 1 - .02, .975 - .02.
+    assert inputs.blocks.tolist() == [1, 2, 7, 8]
+    policy = LensPolicy(lens, proposals=2)
+    keyed = torch.tensor([7, 8, 5, 9]), torch.tensor([9.0, 8.9, 8.8, 0.0])
+    monkeypatch.setattr(policy._lexical, "search", lambda _: found)
+    monkeypatch.setattr(policy, "_by_keys", lambda *_: keyed)
+    assert policy.inputs(view).blocks.tolist() == [1, 2, 5, 7, 8]
+
+
+@pytest.mark.parametrize(("places", "read"), [(1, {5}), (2, {5, 7}), (4, {5, 7, 1, 8})])
+def test_both_together_and_keys_take_turns_in_being_read(places, read, base, tmp_path, monkeypatch):
+    policy = LensPolicy(make_lens(base, likelihoods=places))
+    view = asking(told(new_engine(tmp_path, base)), base.encode("where does it sleep"))
+    found = torch.tensor([1, 2, 5]), torch.tensor([4.0, 3.9, 3.8])
+    keyed = torch.tensor([7, 8, 5, 9]), torch.tensor([9.0, 8.9, 8.8, 0.0])
+    monkeypatch.setattr(policy._lexical, "search", lambda _: found)
+    monkeypatch.setattr(policy, "_by_keys", lambda *_: keyed)
+    inputs = policy.inputs(view)
+    known = inputs.cache.features[0, :, FEATURE_NAMES.index("likelihood_known")].bool()
+    assert set(inputs.blocks[known].tolist()) == read
+    calm = policy.inputs(view.__class__(**{**vars(view), "asked": False}))
+    assert not calm.cache.features[0, :, FEATURE_NAMES.index("likelihood_known")].any()
+
+
 def test_with_learned_gists_and_through_the_engine(base, tmp_path):
     lens, net = make_lens(base, seed=2), learned_gistnet(base, slots=2)
     engine = told(

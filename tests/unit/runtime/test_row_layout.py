@@ -30,6 +30,18 @@ def test_rows_stand_for_what_the_entries_hold():
     assert layout.positions.tolist() == list(range(len(rows)))
 
 
+def test_gists_first_are_the_same_rows_in_another_order():
+    context = window().reveal(1)
+    packed = RowLayout.of(context, 2, "packed", 500)
+    layout = RowLayout.of(context, 2, "gists_first", 500)
+    gists = packed.levels > 0
+    n_gists = int(gists.sum())
+    assert not bool(gists[:n_gists].all()), "raw rows stand among gists"
+    assert torch.equal(layout.ids, torch.cat((packed.ids[gists], packed.ids[~gists])))
+    assert layout.positions.tolist() == list(range(len(packed)))
+    assert layout.slots[:n_gists].tolist() == [0, 1, 2] * (n_gists // 3)
+
+
 def test_ids_tell_rows_apart_and_stay_while_the_window_changes():
     context = window()
     names = {}

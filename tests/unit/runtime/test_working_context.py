@@ -217,6 +217,24 @@ def test_packed_positions_count_rows():
         context.positions("packed", 25)
 
 
+def test_gists_come_first_where_told_so():
+    context = initial(103, gist_cost=3).reveal(1)
+    kinds = ["gist" if level else "raw" for level in context.levels.tolist()]
+    assert kinds[:4] == ["gist", "raw", "gist", "gist"], "raw stands among gists"
+    rows = [
+        3 if kind == "gist" else width
+        for kind, width in zip(kinds, context.widths.tolist(), strict=True)
+    ]
+    expected, at = [0] * len(kinds), 0
+    for wanted in ("gist", "raw"):
+        for entry, kind in enumerate(kinds):
+            if kind == wanted:
+                expected[entry], at = at, at + rows[entry]
+    assert context.positions("gists_first", at).tolist() == expected
+    with pytest.raises(ConfigError, match=f"takes {at} positions, the model allows {at - 1}"):
+        context.positions("gists_first", at - 1)
+
+
 def test_timeline_positions_are_true_where_they_fit():
     context = initial(103)
     assert context.positions("timeline", 103).tolist() == context.starts.tolist()
