@@ -78,6 +78,7 @@ class ReferenceAllocator:
     def __init__(self, context, scores, config: AllocatorConfig, cooling: set[tuple[int, int]]):
         self.k, self.s = context.block_size, context.gist_cost
         self.cursor, self.tail = context.cursor, context.tail_tokens
+        self.budget = context.budget
         self.config, self.cooling = config, cooling
         self.spans = spans_of(context)
         self.edits: list[tuple[str, Span, int, str]] = []
@@ -138,10 +139,19 @@ class ReferenceAllocator:
             freed += self.freed(row[1])
         return taken, freed
 
-    def make_room(self, limit: int) -> None:
-        while self.cost > limit:
-            for row in self.enough(self.ranked(), self.cost - limit)[0]:
+    def make_room(self, limit: int, spare: int) -> None:
+        """As often as the need demands; then what loses nothing, until there is room to spare."""
+        goal = limit
+        while self.cost > goal:
+            rows = self.ranked()
+            idle = [row for row in rows if row[0] <= 0]
+            taken = self.enough(idle, self.cost - limit + spare)[0]
+            needed = self.enough(rows, self.cost - limit)[0]
+            for row in max(taken, needed, key=len):
                 self.collapse(*row, "room")
+            if not taken and not needed:
+                return
+            goal = limit - spare
 
     def path(self, token: int, floor: int) -> list[tuple[int, int]]:
         level = next(level for level, start, end in self.spans if start <= token < end)
@@ -228,7 +238,7 @@ class ReferenceAllocator:
 
     def plan(self, limit: int):
         scored = set(self.spans)
-        self.make_room(limit)
+        self.make_room(limit, int(self.config.spare_share * self.budget))
         self.expand(limit)
         # An entry that was closed and opened again cannot occur: a plan never undoes its edits.
         self.relax(scored)

@@ -16,14 +16,19 @@ import sys
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
-from megacontext.errors import CorruptMemoryError, MegaContextError, MemoryStoreError
+from megacontext.errors import (
+    CorruptMemoryError,
+    MegaContextError,
+    MemoryStoreError,
+    MemoryVersionError,
+)
 from megacontext.memory import KeyIndex, KeyIndexConfig, Memory, Source
 from megacontext.memory.schema import CATALOG_NAME
 from tools._memory_script import IDENTITY, append, describe, read, small_memory
@@ -34,7 +39,8 @@ _LOG_HEADER: Final = 32
 _FRAME_HEADER: Final = 24
 _PAGE_HEADERS: Final = {2: 12, 5: 12, 10: 8, 13: 8}
 _SECONDS: Final = 60
-_ADDRESS_SPACE: Final = 16 << 30
+# More than this beyond what the models' libraries take is a huge allocation.
+_MORE_BYTES: Final = 1 << 30
 # An index over any number of keys, all of which it looks at.
 _KEY_INDEX: Final = KeyIndexConfig(flat_keys=16, rerank=1 << 20)
 _HEADER: Final = struct.Struct("<IHHHHH32s")
@@ -127,36 +133,68 @@ def make_states(folder: Path) -> dict[str, State]:
 
 
 def flips(state: State, name: str, places: Iterable[int], mask: str) -> dict[str, Any]:
-    """Changes one byte at a time.
+    """Changes one byte at a time; then, to go on writing, all at once that change nothing.
 
     Returns:
         ``detected``: how many; ``harmless``: how many of each part of a file.
     """
-    harmless: Counter[str] = Counter()
+    harmless: list[int] = []
     detected = 0
+    whole = {file: (state.path / file).read_bytes() for file in state.files()}
     with tempfile.TemporaryDirectory(prefix="megacontext-flips-") as folder:
         path = Path(folder) / "m.mctx"
         shutil.copytree(state.path, path)
         for place in places:
-            _xor(path / name, place, MASKS[mask] or 1 << place % 8)
+            _xor(path / name, place, mask)
             if _is_detected(path):
                 detected += 1
-                # Reading has changed nothing that counts: only SQLite's scratch files.
-                _xor(path / name, place, MASKS[mask] or 1 << place % 8)
-                continue
-            _expect_harmless(path, state, f"{name}, byte {place}")
-            harmless[part_of(state, name, place)] += 1
-            shutil.rmtree(path)
-            shutil.copytree(state.path, path)
-    return {"detected": detected, "harmless": dict(harmless)}
+            else:
+                what = f"{name}, byte {place}: verify passes, but the contents differ"
+                _promise(read(path) == state.said, what)
+                harmless.append(place)
+            # Reading may have written SQLite's scratch files anew.
+            _restore(path, whole)
+        _expect_all_harmless(path, state, name, harmless, mask)
+    parts = Counter(part_of(state, name, place) for place in harmless)
+    return {"detected": detected, "harmless": dict(parts)}
 
 
-def _xor(file: Path, place: int, mask: int) -> None:
+def _expect_all_harmless(
+    path: Path, state: State, name: str, places: Sequence[int], mask: str
+) -> None:
+    """Goes on writing with bytes changed; one by one if that fails, to name the one."""
+    if not places:
+        return
+    for place in places:
+        _xor(path / name, place, mask)
+    try:
+        _expect_harmless(path, state, f"{name}, {len(places)} bytes from {places[0]}")
+        return
+    except MegaContextError:
+        if len(places) == 1:
+            raise
+    for place in places:
+        shutil.rmtree(path)
+        shutil.copytree(state.path, path)
+        _xor(path / name, place, mask)
+        _expect_harmless(path, state, f"{name}, byte {place}")
+
+
+def _restore(path: Path, whole: dict[str, bytes]) -> None:
+    for file in path.iterdir():
+        if file.name not in whole:
+            file.unlink()
+    for name, raw in whole.items():
+        if not (path / name).exists() or (path / name).read_bytes() != raw:
+            (path / name).write_bytes(raw)
+
+
+def _xor(file: Path, place: int, mask: str) -> None:
     with file.open("r+b") as raw:
         raw.seek(place)
         old = raw.read(1)
         raw.seek(place)
-        raw.write(bytes([old[0] ^ mask]))
+        raw.write(bytes([old[0] ^ (MASKS[mask] or 1 << place % 8)]))
 
 
 def part_of(state: State, name: str, place: int) -> str:
@@ -259,7 +297,7 @@ def damage(states: dict[str, State], state: State, name: str) -> str:
                 with Memory.open(path, mode) as memory:
                     opened |= describe(memory) != state.said
             except MemoryStoreError as error:
-                _promise("\n" not in str(error), f"{name}: two lines: {error}")
+                _promise(_names_the_place(error, state), f"{name}: {error!r}")
         # To look at every row of the catalog would make opening slower with every commit.
         _promise(not opened or name in _STATEMENTS, f"{name}: opened with other contents")
         return "detected by verify" if opened else "detected"
@@ -271,6 +309,13 @@ def _is_detected(path: Path) -> bool:
     except MemoryStoreError as error:
         _promise("\n" not in str(error), f"two lines: {error}")
         return True
+
+
+def _names_the_place(error: MemoryStoreError, state: State) -> bool:
+    """Whether an error is of the kind that damage has, a line, and tells the damaged file."""
+    told = str(error)
+    kind = isinstance(error, CorruptMemoryError | MemoryVersionError)
+    return kind and "\n" not in told and any(name in told for name in state.files())
 
 
 def _expect_harmless(path: Path, state: State, what: str) -> None:
@@ -364,11 +409,19 @@ def _answer(states: dict[str, State], case: dict[str, Any]) -> dict[str, Any]:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
+def _limit_memory() -> None:
+    """Lets an allocation that is out of all proportion fail, where Linux says what there is."""
+    sizes = Path("/proc/self/statm")
+    if sizes.exists():
+        limit = int(sizes.read_text().split()[0]) * resource.getpagesize() + _MORE_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
 def main() -> None:
     """Answers cases until the input ends; a case that computes for too long ends it as well."""
-    resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE, _ADDRESS_SPACE))
     with tempfile.TemporaryDirectory(prefix="megacontext-corruption-") as folder:
         states = make_states(Path(folder))
+        _limit_memory()
         damaged = {name: states[name] for name in ("closed", "killed")}
         told = {
             name: {"files": state.files(), "damages": list(damages(states, state))}

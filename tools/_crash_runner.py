@@ -185,7 +185,7 @@ class Campaign:
                 _promise(False, f"verify: {problem}")
             self._follow([*seen.commits, *kept])
             _promise(
-                _without_numbers(memory) == _without_numbers(self.twin),
+                without_numbers(memory) == without_numbers(self.twin),
                 "gists, keys, sources or index differ from a memory that was left alone",
             )
             _promise(
@@ -230,7 +230,7 @@ def _tokens(commits: list[dict[str, Any]]) -> list[int]:
     return [token for commit in commits for token in commit["intent"]]
 
 
-def _without_numbers(memory: Memory) -> dict[str, Any]:
+def without_numbers(memory: Memory) -> dict[str, Any]:
     """All a memory says; numbers of sources that were never committed leave gaps."""
     said = describe(memory)
     identity: MemoryIdentity = said["identity"]

@@ -14,7 +14,7 @@
 #include <sys/types.h>
 #include <unistd.h>
 
-enum { FAIL, FAIL_ON, SHORT, SHORT_FAIL, KILL_BEFORE, KILL_WITHIN, KILL_AFTER };
+enum { FAIL, FAIL_ON, SHORT, SHORT_FAIL, KILL_BEFORE, KILL_WITHIN, KILL_AFTER, FAIL_NAMES };
 
 static char folder[PATH_MAX];
 static size_t folder_length;
@@ -48,18 +48,20 @@ static int below(int directory, const char *path) {
   return !strncmp(base, folder, folder_length);
 }
 
-/* Whether this call is the one; kills on the way if it is to end the process before it. */
-static int hit(int directory, const char *path) {
+/* Whether this call is the one; kills on the way if it is to end the process before it.
+   `names`: whether it makes, removes or renames something. */
+static int hit(int directory, const char *path, int names) {
   long now;
   if (!below(directory, path)) return 0;
-  now = seen++;
+  now = __atomic_fetch_add(&seen, 1, __ATOMIC_SEQ_CST); /* files are synced at the same time */
+  if (kind == FAIL_NAMES) return site >= 0 && now >= site && names;
   if (site < 0 || (kind == FAIL_ON ? now < site : now != site)) return 0;
   if (kind == KILL_BEFORE) raise(SIGKILL);
   return 1;
 }
 
 static int fails(void) {
-  if (kind != FAIL && kind != FAIL_ON && kind != SHORT_FAIL) return 0;
+  if (kind != FAIL && kind != FAIL_ON && kind != SHORT_FAIL && kind != FAIL_NAMES) return 0;
   errno = number;
   return 1;
 }
@@ -72,28 +74,28 @@ static void done(int struck) {
   static __typeof__(&name) real; \
   if (!real) *(void **)&real = dlsym(RTLD_NEXT, #name)
 
-#define CHANGE(name, directory, path, parameters, arguments) \
+#define CHANGE(name, names, directory, path, parameters, arguments) \
   int name parameters { \
     REAL(name); \
-    int struck = hit(directory, path), result; \
+    int struck = hit(directory, path, names), result; \
     if (struck && fails()) return -1; \
     result = real arguments; \
     done(struck); \
     return result; \
   }
 
-CHANGE(unlink, AT_FDCWD, p, (const char *p), (p))
-CHANGE(unlinkat, d, p, (int d, const char *p, int f), (d, p, f))
-CHANGE(rmdir, AT_FDCWD, p, (const char *p), (p))
-CHANGE(mkdir, AT_FDCWD, p, (const char *p, mode_t m), (p, m))
-CHANGE(rename, AT_FDCWD, p, (const char *p, const char *q), (p, q))
-CHANGE(renameat2, d, p, (int d, const char *p, int e, const char *q, unsigned f), (d, p, e, q, f))
-CHANGE(ftruncate, fd, NULL, (int fd, off_t n), (fd, n))
-CHANGE(ftruncate64, fd, NULL, (int fd, off64_t n), (fd, n))
+CHANGE(unlink, 1, AT_FDCWD, p, (const char *p), (p))
+CHANGE(unlinkat, 1, d, p, (int d, const char *p, int f), (d, p, f))
+CHANGE(rmdir, 1, AT_FDCWD, p, (const char *p), (p))
+CHANGE(mkdir, 1, AT_FDCWD, p, (const char *p, mode_t m), (p, m))
+CHANGE(rename, 1, AT_FDCWD, p, (const char *p, const char *q), (p, q))
+CHANGE(renameat2, 1, d, p, (int d, const char *p, int e, const char *q, unsigned f), (d, p, e, q, f))
+CHANGE(ftruncate, 0, fd, NULL, (int fd, off_t n), (fd, n))
+CHANGE(ftruncate64, 0, fd, NULL, (int fd, off64_t n), (fd, n))
 
 #define SYNC(name) \
   int name(int fd) { \
-    int struck = hit(fd, NULL); \
+    int struck = hit(fd, NULL, 0); \
     if (struck && fails()) return -1; \
     done(struck); \
     return 0; \
@@ -105,7 +107,7 @@ SYNC(fdatasync)
 #define WRITE(name, parameters, arguments, half) \
   ssize_t name parameters { \
     REAL(name); \
-    int struck = hit(fd, NULL); \
+    int struck = hit(fd, NULL, 0); \
     ssize_t result; \
     if (struck && kind != KILL_AFTER) { \
       if (kind == FAIL || kind == FAIL_ON) return fails(), -1; \
@@ -133,7 +135,10 @@ WRITE(pwrite64, (int fd, const void *b, size_t n, off64_t o), (fd, b, n, o), (fd
       mode = va_arg(rest, mode_t); \
       va_end(rest); \
     } \
-    if (flags & (O_CREAT | O_WRONLY | O_RDWR | O_TRUNC)) struck = hit(directory, path); \
+    if (flags & (O_CREAT | O_WRONLY | O_RDWR | O_TRUNC)) { \
+      int makes = (flags & O_CREAT) && faccessat(directory, path, F_OK, 0); \
+      struck = hit(directory, path, makes); \
+    } \
     if (struck && fails()) return -1; \
     result = real arguments; \
     done(struck); \

@@ -25,6 +25,7 @@ FAULTS: Final[dict[str, tuple[int, int]]] = {
     "killed before": (4, 0),
     "killed within": (5, 0),
     "killed after": (6, 0),
+    "read-only directory": (7, errno.EACCES),
 }
 """What can go wrong: a kind of the shim's, and the error number that the call then gives."""
 

@@ -41,6 +41,10 @@ class CrashCampaignConfig(FrozenConfig):
 def run(config: CrashCampaignConfig) -> dict[str, Any]:
     """Kills writers that ingest and decode, one after the other, on one memory at a time.
 
+    Returns:
+        Outcomes of all kills; of those of this run ``most_tokens`` of a memory, and
+        ``tokens_checked`` in all, since every kill is followed by a look at the whole memory.
+
     Raises:
         InvariantError: something acknowledged was lost, something half written was visible,
             ``verify`` complained, or the memory went on otherwise than one that was left alone.
@@ -51,21 +55,22 @@ def run(config: CrashCampaignConfig) -> dict[str, Any]:
         runner = start("tools._crash_runner", arguments, Path(folder))
         try:
             started = json.loads(answer(runner))
-            tokens = 0
+            most = checked = 0
             for number in range(config.kills):
                 if f"kill {number}" in log:
                     continue
                 print(number, file=runner.stdin, flush=True)
                 result = json.loads(answer(runner))
                 log.add(f"kill {number}", result["outcome"])
-                tokens = max(tokens, result["tokens"])
+                most = max(most, result["tokens"])
+                checked += result["tokens"]
                 if result["outcome"].startswith(BROKEN):
                     # The memory cannot be trusted from here on.
                     break
         finally:
             runner.kill()
             runner.communicate()
-        return {**started, "most_tokens": tokens, **log.summary()}
+        return {**started, "most_tokens": most, "tokens_checked": checked, **log.summary()}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,10 +18,12 @@ from tools._campaign import BROKEN, CaseLog
 from tools._entry import tool_main
 
 FuzzTarget = Literal[
-    "ctx", "note", "config", "override", "checkpoint", "weights", "text", "rows"
+    "ctx", "note", "config", "override", "checkpoint", "weights", "text", "rows",
+    "recording", "memory",
 ]  # fmt: skip
 FUZZ_TARGETS: tuple[FuzzTarget, ...] = (
     "ctx", "note", "config", "override", "checkpoint", "weights", "text", "rows",
+    "recording", "memory",
 )  # fmt: skip
 # An input that takes longer than these seconds, or more than these MB, is a finding as well.
 _SLOW, _LARGE = 20, 4096
@@ -34,17 +37,22 @@ class FuzzCampaignConfig(FrozenConfig):
             that broke a promise; none keeps none.
         targets: readers of files and arguments.
         runs: inputs for each.
+        seconds: how long each is fuzzed instead, if that is given.
         seed: of the mutations.
     """
 
     output: Path | None = None
     targets: tuple[FuzzTarget, ...] = Field(default=FUZZ_TARGETS, min_length=1)
     runs: int = Field(default=20_000, ge=1)
+    seconds: int | None = Field(default=None, ge=1)
     seed: int = Field(default=1, ge=1)
 
 
 def run(config: FuzzCampaignConfig) -> dict[str, Any]:
     """Runs libFuzzer on every target.
+
+    Returns:
+        ``inputs``: how many each target was given.
 
     Raises:
         InputError: atheris is not installed.
@@ -55,17 +63,23 @@ def run(config: FuzzCampaignConfig) -> dict[str, Any]:
     with CaseLog(config.output) as log, tempfile.TemporaryDirectory() as folder:
         found = Path(folder) if config.output is None else config.output.resolve()
         for target in config.targets:
-            name = f"{target}, {config.runs} inputs, seed {config.seed}"
+            amount = f"{config.runs} inputs" if config.seconds is None else f"{config.seconds} s"
+            name = f"{target}, {amount}, seed {config.seed}"
             if name not in log:
                 log.add(name, _fuzzed(target, config, found))
                 print(f"{name}: {log.outcomes[name]}", file=sys.stderr, flush=True)
-        return log.summary()
+        held = {name.partition(",")[0]: outcome for name, outcome in log.outcomes.items()}
+        log.summary()
+        return {"inputs": {name: int(outcome.split()[1]) for name, outcome in held.items()}}
 
 
 def _fuzzed(target: str, config: FuzzCampaignConfig, found: Path) -> str:
-    """What became of one target: ``held``, or what broke and with which input."""
+    """What became of one target: ``held N inputs``, or what broke and with which input."""
+    limit = (
+        f"-runs={config.runs}" if config.seconds is None else f"-max_total_time={config.seconds}"
+    )
     options = [
-        f"-runs={config.runs}", f"-seed={config.seed}", f"-timeout={_SLOW}",
+        limit, f"-seed={config.seed}", f"-timeout={_SLOW}",
         f"-rss_limit_mb={_LARGE}", f"-artifact_prefix={found}/{target}-",
     ]  # fmt: skip
     done = subprocess.run(  # noqa: S603
@@ -75,8 +89,9 @@ def _fuzzed(target: str, config: FuzzCampaignConfig, found: Path) -> str:
         errors="replace",
         check=False,
     )
-    if done.returncode == 0:
-        return "held"
+    counted = re.search(r"^Done (\d+) runs", done.stderr, re.MULTILINE)
+    if done.returncode == 0 and counted:
+        return f"held {counted[1]} inputs"
     lines = [line.strip() for line in done.stderr.splitlines()]
     said = [line for line in lines if "Error" in line or "ERROR" in line or "Test unit" in line]
     return f"{BROKEN}: {' | '.join(said[:3]) or (lines or ['nothing was said'])[-1]}"

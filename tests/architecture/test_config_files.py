@@ -11,6 +11,7 @@ from megacontext.config import FrozenConfig, load_config
 
 # The first pattern (relative to configs/) that matches a file names its class.
 CONFIG_TYPES = (
+    ("tables.yaml", "tools.fill_tables:FillTablesConfig"),
     ("data/*.yaml", "megacontext.training.prepare_dataset:PrepareDatasetConfig"),
     ("runs/base_llm.yaml", "megacontext.evaluation.decode_demo:DecodeDemoConfig"),
     ("runs/demo.yaml", "megacontext.evaluation.demo:DemoConfig"),

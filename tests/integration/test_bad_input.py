@@ -100,6 +100,25 @@ def test_a_file_in_another_encoding_is_refused_and_leaves_no_trace(
     assert not (tmp_path / "m.mctx").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("word", ["x1yz-", "a"])
+def test_a_line_of_a_hundred_megabytes_is_the_same_tokens(tmp_path, word):
+    base = BaseModel.from_pretrained("bundled:tiny")
+    size, piece = 100 * 1024 * 1024, word * 200_000
+    with Memory.create(tmp_path / "m.mctx", Engine.identity(base)) as memory:
+        ingestor = Engine(base, memory).ingestor
+        pieces = (piece for _ in range(size // len(piece)))
+        place = 0
+        for chunk in ingestor.token_chunks(pieces, 1 << 16):
+            text = base.decode(chunk)
+            start = place % len(word)
+            assert text == (word * (len(text) // len(word) + 2))[start : start + len(text)]
+            place += len(text)
+        assert place == size // len(piece) * len(piece)
+        ingestor.append(chunk)
+        assert memory.verify().ok
+
+
 def test_a_line_of_five_megabytes_is_the_same_tokens_however_it_comes(tmp_path):
     base = BaseModel.from_pretrained("bundled:tiny")
     line = "x1yé-" * (5 * 1024 * 1024 // 6)
@@ -119,6 +138,21 @@ def test_tokens_outside_the_vocabulary_are_refused_and_nothing_is_stored(base, t
         with pytest.raises(InputError, match=r"0…257"):
             engine.ingestor.append(torch.tensor(ids))
         assert memory.n_tokens == 0
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ids=st.lists(st.integers(0, 257) | st.integers(-(2**63), 2**63 - 1), max_size=9))
+def test_any_numbers_are_stored_as_they_are_or_refused(base, tmp_path_factory, ids):
+    engine = engine_over(base, tmp_path_factory.mktemp("m") / "m.mctx")
+    with engine.memory as memory:
+        tokens = torch.tensor(ids, dtype=torch.int64)
+        if all(0 <= number <= 257 for number in ids):
+            engine.ingestor.append(tokens)
+        else:
+            with pytest.raises(InputError, match=r"^[^\n]*0…257[^\n]*$"):
+                engine.ingestor.append(tokens)
+            ids = []
+        assert memory.tokens().tolist() == ids
 
 
 def test_tokens_that_another_program_stored_are_refused_when_read(megacontext, tmp_path, model):
@@ -154,6 +188,9 @@ def test_a_history_of_no_token_or_one_does_what_a_long_one_does(megacontext, tmp
         assert done.status == 0, done.err
     done = megacontext("ask", "--memory", memory, "", *option, SHORT, "template=none")
     assert done.status == (0 if text else 2), done.err
+    forget = ["forget", memory, "--source", file, *option]
+    assert megacontext(*forget).status == (0 if text else 2)
+    assert megacontext("verify", memory).status == 0
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import needs
 import pytest
 from command_line import run_module
-from tiny_models import tiny_model, tiny_tokenizer
+from tiny_models import save_tiny_model
 
 from megacontext.errors import CorruptMemoryError, InputError, InvariantError
 from megacontext.memory import Memory
@@ -25,24 +25,32 @@ def campaign(name: str, *settings: object) -> dict:
     return done.result
 
 
-def test_writers_that_are_killed_lose_nothing(tmp_path):
-    model = tmp_path / "model"
-    tiny_model("qwen3", max_positions=512).save_pretrained(model)
-    tiny_tokenizer().save_pretrained(model)
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"), max_positions=512)
+
+
+def test_writers_that_are_killed_lose_nothing(model):
     result = campaign("crash", "kills=12", "seed=1", f"model={model}")
     assert result["cases"] == 12
-    assert result["most_tokens"] > 100
+    assert result["tokens_checked"] > result["most_tokens"] > 100
     assert all(outcome.startswith("killed: ") for outcome in result["outcomes"])
     assert any("a commit that was not" in outcome for outcome in result["outcomes"])
 
 
 @needs.COMPILER
-def test_every_call_that_writes_may_fail_or_be_the_last():
-    result = campaign("fault", "cases=90")
-    assert result["cases"] == 90
+def test_every_call_that_writes_may_fail_or_be_the_last(model, tmp_path):
+    """While a memory is made, opened and written to, and while a session takes in and decodes."""
+    result = campaign("fault", "cases=80", f"model={model}", f"output={tmp_path}")
+    assert result["cases"] == 80
     assert set(result["outcomes"]) == {"killed", "refused", "survived"}
-    assert set(result["sites"]) == {step.name for step in STEPS}
+    assert set(result["sites"]) == {*(step.name for step in STEPS), "session"}
     assert min(result["sites"].values()) > 20
+    assert result["sites"]["session"] > 100
+    cases = [json.loads(line) for line in (tmp_path / "cases.jsonl").read_text().splitlines()]
+    for fault in ("full disk", "short write", "input/output error", "read-only directory"):
+        assert any(fault in case["case"] for case in cases)
+    assert sum(case["case"].startswith("session") for case in cases) > 10
 
 
 def test_damage_of_every_kind_is_noticed():

@@ -61,17 +61,21 @@ def indexed_words(memory: Path) -> set[str]:
 
 
 def patterns_of(memory: Path, uri: str) -> dict[str, list[bytes]]:
-    """What a source has on the disk: runs of tokens, gists, words, and what is told about it."""
+    """What a source has on the disk: tokens, gists, keys, words, and what is told about it."""
     with Memory.open(memory) as opened:
         (source,) = [source for source in opened.sources() if source.uri == uri]
-        size = opened.identity.block_size
         ids = opened.tokens(source.start, source.end)
-        whole = range(-(-source.start // size), source.end // size)
-        gists = opened.gists(1)[whole.start : whole.stop].view(torch.int16)
+        gists, keys = [], []
+        for level in range(1, opened.n_levels):
+            size = opened.identity.block_size**level
+            whole = (-(-source.start // size), max(-(-source.start // size), source.end // size))
+            gists += opened.gists(level, *whole).view(torch.int16)
+            keys += opened.keys(level, *whole).view(torch.int16)
         names = [uri, source.sha256, source.author, *source.tags]
         return {
             "tokens": [ids[i : i + 8].numpy().tobytes() for i in range(len(ids) - 7)],
             "gists": [gist.numpy().tobytes() for gist in gists],
+            "keys": [key.numpy().tobytes() for key in keys],
             "words": [word.encode() for word in PRIVATE],
             "names": [name.encode() for name in names],
         }
@@ -81,7 +85,7 @@ def test_a_source_that_is_forgotten_leaves_no_trace(megacontext, memory, tmp_pat
     uri = (tmp_path / "private.txt").as_uri()
     patterns = patterns_of(memory, uri)
     assert len(patterns["tokens"]) > 100
-    assert len(patterns["gists"]) > 5
+    assert len(patterns["gists"]) == len(patterns["keys"]) > 5
     assert traces(memory.parent, patterns) == set(patterns)
     assert "quagga" in indexed_words(memory)
     before = megacontext("inspect", memory, "--json=-").result

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,15 @@ def test_no_word_of_a_text_is_logged_or_measured(megacontext, caplog, tmp_path, 
         assert word not in told
 
 
+@pytest.fixture(params=[0o022, 0o000], ids=["usual umask", "no umask"])
+def umask(request) -> Iterator[int]:
+    """What the user lets new files have; by itself it would let others read them."""
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("umask")
 def test_what_the_commands_make_is_private(megacontext, tmp_path, model):
     (tmp_path / "t.txt").write_text(PRIVATE * 30)
     option = ["--set", f"model={model}"]

@@ -8,10 +8,11 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
 
 from megacontext.gistnet import GistNet, GistNetConfig
-from megacontext.memory import Memory
+from megacontext.memory import KeyIndex, KeyIndexConfig, Memory
 from tools._memory_script import describe
 
 STORY = "amber birch cobalt delta. The baker went to the river. "
@@ -96,6 +97,35 @@ def test_a_repaired_memory_is_what_it_was(megacontext, memory, model, damage):
         "m.mctx",
         "m.mctx.damaged",
     ]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda path: flip(path / "keys.L1.ctx", 500), lambda path: (path / "keys.L2.ctx").unlink()],
+    ids=["key", "no level of keys"],
+)
+def test_keys_and_their_index_are_made_anew(megacontext, tmp_path, damage):
+    path, index = tmp_path / "m.mctx", KeyIndexConfig(flat_keys=16, rerank=1 << 20)
+    (tmp_path / "a.txt").write_text(STORY * 300)
+    assert megacontext("ingest", path, tmp_path / "a.txt").status == 0
+    with Memory.open(path, "a") as memory:
+        KeyIndex(memory, index).update()
+        query, half = memory.keys(1)[:1].float(), memory.count(1) // 2
+    before = everything(path)
+    assert (path / "keys.L1.faiss").exists()
+    assert len(before["keys 2"]) > 0
+    damage(path)
+    assert megacontext("repair", path).status == 0
+    assert megacontext("verify", path).status == 0
+    assert everything(path) == before
+    with Memory.open(path, "a") as memory:
+        keys = memory.keys(1).float()
+        found, _ = KeyIndex(memory, index).search(
+            query, half, memory.count(1), lambda keys: (query @ keys.float().T)[0]
+        )
+        best = (query @ keys.T)[0].sort(descending=True).values[:half]
+        scores = (query @ keys[found].T)[0].sort(descending=True).values
+        torch.testing.assert_close(scores, best)
 
 
 def test_nothing_is_done_to_a_whole_memory(megacontext, memory, model):

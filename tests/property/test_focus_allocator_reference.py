@@ -29,6 +29,7 @@ def configs(draw) -> AllocatorConfig:
         temperature=draw(st.sampled_from([0.1, 1.0, 30.0])),
         move_budget=draw(st.sampled_from([4, 20, 10_000])),
         headroom=draw(st.integers(0, 4)),
+        spare_share=draw(st.sampled_from([0.0, 0.1, 0.5])),
     )
 
 

@@ -62,7 +62,7 @@ def run_regist(arguments: argparse.Namespace) -> int:
     """Rebuilds all gists for the configured GistNet and lens."""
     with (
         Session(read_config(SessionConfig, arguments)) as session,
-        Memory.open(arguments.memory, "a") as memory,
+        Memory.open(arguments.memory, "a", resident_mb=session.config.resident_mb) as memory,
         token_progress() as progress,
     ):
         tasks: dict[int, Any] = {}

@@ -25,7 +25,7 @@ from megacontext.evaluation.cost_process import resident_bytes
 from megacontext.evaluation.metrics import Estimate, mean, ratio_of_medians
 from megacontext.memory import Memory
 from megacontext.runtime.engine import Engine
-from megacontext.runtime.reading import KVMode
+from megacontext.runtime.reading import KVMode, kv_mode
 from megacontext.runtime.session import Session
 
 _MODES: tuple[KVMode, ...] = get_args(KVMode)
@@ -111,7 +111,7 @@ class _CostSuite:
             self.say("decoding by turns")
             prompts = [self._draw(memory, _PROMPT_TOKENS, n) for n in range(config.repeats + 1)]
             seconds = time_arms(arms, prompts).seconds
-        return decode_results(seconds, lengths, config.engine.kv)
+        return decode_results(seconds, lengths, kv_mode(config.engine.kv, self.session.base))
 
     def _remembering(self, length: int) -> Engine:
         """An engine over a memory of its own, since that will grow."""

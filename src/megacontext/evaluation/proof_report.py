@@ -76,7 +76,9 @@ def _how(line: ProofLine) -> Iterator[str]:
         "GistNet, LensNet": f"`{setup['gistnet']}`, `{setup['lens']}`",
         "budget": f"{setup['budget']} token-equivalents for every rival: what it reads of the "
         "history, the prompt and the answer",
-        "focus policy": f"`{setup['policy']}`, with {setup['tail_tokens']} newest tokens raw",
+        "focus policy": f"`{setup['policy']}`; {setup['tail_tokens']} newest tokens raw in prose, "
+        f"{setup['asked_tail_tokens']} for a question",
+        "order of what is read": f"`{setup['positions']}`",
         "noise": ", ".join(setup["noise"]),
         "questions in a cell": f"{setup['questions']}"
         + "".join(f"; {n} at {length}" for length, n in setup["questions_at"].items())
@@ -105,7 +107,8 @@ def _to_be_shown(line: ProofLine) -> Iterator[str]:
         if result is not None:
             reached = "yes" if result["value"] >= bar else "**no**"
         n = _NOTHING if result is None else str(result["n"])
-        rows.append([f"`{name}`", n, _cell(result), f"≥ {bar:g}", f"{aim:g}", reached])
+        value = _cell(result, digits=4 if name.startswith("prose_nll_gain") else 2)
+        rows.append([f"`{name}`", n, value, f"≥ {bar:g}", f"{aim:g}", reached])
     yield from _table(["measure", "n", "value", "bar", "aim", "reached"], rows)
 
 

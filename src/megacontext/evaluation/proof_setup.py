@@ -89,6 +89,8 @@ class ProofSetup:
             "dtype": config.dtype,
             "budget": engine.budget,
             "tail_tokens": engine.tail_tokens,
+            "asked_tail_tokens": engine.asked_tail_tokens,
+            "positions": engine.positions,
             "policy": self.habits.policy,
             **self._versions,
             "noise": [path.name for path in config.corpus] or ["the bundled book"],

@@ -6,7 +6,7 @@ import json
 import re
 import sqlite3
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -158,6 +158,7 @@ class Catalog:
         Raises:
             StorageFullError, MemoryStoreError: nothing was recorded, call :meth:`roll_back`.
         """
+        frequencies: Mapping[str, int] = {}
         with self._writing() as rows:
             rows.put("commits", (generation, n_tokens, time.time()))
             for update in files:
@@ -170,8 +171,9 @@ class Catalog:
                     rows.change("sources", source.id, "end_token", source.end)
             self._note_unfinished(rows, sources)
             if texts:
-                added = self.lexical.add(first_block, texts)
+                added, frequencies = self.lexical.add(first_block, texts)
                 rows.put("meta", (INDEX_SUM, self._add_to_index_sum(added)))
+        self.lexical.carry_over(generation, frequencies)
 
     def commit_sources(
         self, generation: int, n_tokens: int, sources: Sequence[SourceRecord]

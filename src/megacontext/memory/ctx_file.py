@@ -18,6 +18,7 @@ from torch import Tensor
 from megacontext.errors import CorruptMemoryError, InputError, InvariantError
 from megacontext.memory.ctx_header import HEADER_BYTES, CtxDtype, CtxHeader
 from megacontext.memory.number_formats import dequantize
+from megacontext.memory.resident import ResidentLimit
 from megacontext.memory.storage_io import FILE_MODE, read_all, storing, write_all
 
 _NUMPY_DTYPES: Final = {
@@ -40,17 +41,30 @@ class CtxFile:
 
     The number of records is what the owner says it is (the catalog's committed length), not what
     the file's size suggests: bytes behind it are a torn append and never read.
+
+    A limit to what stays in RAM of its map, and of others', is told of everything that is read.
     """
 
-    def __init__(self, path: Path, descriptor: int, header: CtxHeader, length: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        descriptor: int,
+        header: CtxHeader,
+        length: int,
+        limit: ResidentLimit | None = None,
+    ) -> None:
         self.path = path
         self.header = header
         self._descriptor = descriptor
         self._length = length
+        self._limit = limit
+        self._map: mmap.mmap | None = None
         self._view: Tensor | None = None
 
     @classmethod
-    def create(cls, path: Path, header: CtxHeader) -> CtxFile:
+    def create(
+        cls, path: Path, header: CtxHeader, *, limit: ResidentLimit | None = None
+    ) -> CtxFile:
         """Makes an empty file, readable and writable by its owner only.
 
         Raises:
@@ -66,10 +80,17 @@ class CtxFile:
                 os.close(descriptor)
                 path.unlink(missing_ok=True)
                 raise
-        return cls(path, descriptor, header, 0)
+        return cls(path, descriptor, header, 0, limit)
 
     @classmethod
-    def open(cls, path: Path, *, writable: bool = False, length: int | None = None) -> CtxFile:
+    def open(
+        cls,
+        path: Path,
+        *,
+        writable: bool = False,
+        length: int | None = None,
+        limit: ResidentLimit | None = None,
+    ) -> CtxFile:
         """Opens a file of which ``length`` records count (all complete ones by default).
 
         Raises:
@@ -85,7 +106,7 @@ class CtxFile:
         try:
             with storing(path, "read"):
                 header = CtxHeader.unpack(read_all(descriptor, HEADER_BYTES, 0), path)
-            file = cls(path, descriptor, header, 0)
+            file = cls(path, descriptor, header, 0, limit)
             file.extend_to(file.stored_records() if length is None else length)
         except BaseException:
             os.close(descriptor)
@@ -168,7 +189,7 @@ class CtxFile:
         with storing(self.path, "truncate"):
             os.ftruncate(self._descriptor, self.offset(length))
         if length < self._length:
-            self._view = None
+            self._view = self._map = None
         self._length = length
 
     def fsync(self) -> None:
@@ -196,15 +217,23 @@ class CtxFile:
             raise InputError(
                 f"{self.path.name}: no records {start} to {end}; it has {self._length} of them"
             )
-        return self._numbers(self._mapped(end)[start:end])
+        records = self._mapped(end)[start:end]
+        if self._limit is not None and self._map is not None and start < end:
+            self._limit.announce(self._map, self.offset(start), self.offset(end))
+        return self._numbers(records)
 
     def take(self, index: Tensor) -> Tensor:
-        """Records at ``index`` ``[m]`` int64, as :meth:`map` gives them; no other is read.
-
-        Raises:
-            IndexError: one of them does not lie within the file.
+        """Records at ``index`` ``[m]`` int64, each from 0 on and within the file, as :meth:`map`
+        gives them; no other is read.
         """
-        return self._numbers(self._mapped(self._length)[index])
+        records = self._mapped(self._length)
+        if self._limit is None or self._map is None:
+            return self._numbers(records[index])
+        taken = records.new_empty((len(index), *records.shape[1:]))
+        size = self.header.record_bytes
+        for here in self._limit.in_pieces(self._map, HEADER_BYTES + index * size, size):
+            taken[here] = records[index[here]]
+        return self._numbers(taken)
 
     def crc32(self, start: int, count: int) -> tuple[int, int]:
         """Checksum of ``count`` records from ``start`` on, read in small pieces.
@@ -223,7 +252,7 @@ class CtxFile:
         if self._descriptor >= 0:
             os.close(self._descriptor)
         self._descriptor = -1
-        self._view = None
+        self._view = self._map = None
 
     def _pieces(self, start: int, count: int) -> Iterator[bytes]:
         offset, left = self.offset(start), count * self.header.record_bytes
@@ -250,6 +279,7 @@ class CtxFile:
         shape = (self._length, *header.record_shape)
         dtype = _NUMPY_DTYPES[header.dtype]
         if self._length == 0:
+            self._map = None
             return _as_tensor(np.empty(shape, dtype), header.dtype)
         self.extend_to(self._length)
         with storing(self.path, "map"):
@@ -259,6 +289,7 @@ class CtxFile:
                 flags=mmap.MAP_PRIVATE | _NO_RESERVE,
                 prot=mmap.PROT_READ | mmap.PROT_WRITE,
             )
+        self._map = mapped
         records = np.frombuffer(mapped, dtype, count=-1, offset=HEADER_BYTES)
         return _as_tensor(records.reshape(shape), header.dtype)
 

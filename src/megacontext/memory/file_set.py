@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import zlib
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -21,10 +24,14 @@ from megacontext.memory.catalog_rows import (
 from megacontext.memory.ctx_file import CtxFile
 from megacontext.memory.ctx_header import CtxDtype, CtxHeader, fit_model_name
 from megacontext.memory.identity import MemoryIdentity
+from megacontext.memory.resident import ResidentLimit
 from megacontext.memory.storage_io import storing, sync_directory
 
 CHUNK_BYTES: Final = 1 << 18
 """A checksum covers at most this much, so that checking the newest one at opening stays cheap."""
+
+_SYNC_THREADS: Final = 3
+"""A commit of one block syncs four files: one in the caller's thread, the others in these."""
 
 
 def header_for(identity: MemoryIdentity, kind: FileKind, level: int) -> CtxHeader:
@@ -63,13 +70,23 @@ class _Growing:
 
 
 class FileSet:
-    """All open files of a memory, by kind and level."""
+    """All open files of a memory, by kind and level.
 
-    def __init__(self, directory: Path, *, writable: bool) -> None:
+    Args:
+        directory: the memory's.
+        writable: whether they are opened to be written to.
+        limit: to what stays in RAM of their maps.
+    """
+
+    def __init__(
+        self, directory: Path, *, writable: bool, limit: ResidentLimit | None = None
+    ) -> None:
         self.directory = directory
+        self.limit = limit
         self._writable = writable
         self._files: dict[tuple[FileKind, int], _Growing] = {}
         self._created: list[_Growing] = []
+        self._threads: ThreadPoolExecutor | None = None
 
     def load(self, snapshot: Snapshot, *, check_tails: bool) -> None:
         """Opens what is new in a snapshot and extends what has grown.
@@ -116,7 +133,7 @@ class FileSet:
     def create(self, kind: FileKind, level: int, header: CtxHeader, generation: int = 0) -> None:
         """Makes an empty file; it stays if the next commit names it."""
         name = file_name(kind, level, generation)
-        file = CtxFile.create(self.directory / name, header)
+        file = CtxFile.create(self.directory / name, header, limit=self.limit)
         growing = _Growing(None, name, kind, level, file, 0, None)
         self._files[kind, level] = growing
         self._created.append(growing)
@@ -135,8 +152,7 @@ class FileSet:
     def sync(self) -> list[FileUpdate]:
         """Brings everything appended to the disk, and says what the catalog has to record."""
         grown = [growing for growing in self._files.values() if growing.chunks]
-        for growing in grown:
-            growing.file.fsync()
+        self._sync_files([growing.file for growing in grown])
         if self._created:
             with storing(self.directory, "sync"):
                 sync_directory(self.directory)
@@ -195,13 +211,40 @@ class FileSet:
             growing.file.close()
         self._files = {}
         self._created = []
+        if self._threads is not None:
+            self._threads.shutdown()
+            self._threads = None
+
+    def _sync_files(self, files: Sequence[CtxFile]) -> None:
+        """Syncs files at the same time.
+
+        Syncs that wait together can share a commit of the file system's journal and a flush of the
+        disk; one after the other, each waits for its own.
+
+        Raises:
+            StorageFullError, MemoryStoreError: a file cannot be brought to the disk; no sync of
+                another one is left under way.
+        """
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(_SYNC_THREADS, "megacontext-sync")
+        waiting: list[Future[None]] = []
+        # No thread can be had while the interpreter shuts down, or beyond a limit of the system.
+        with contextlib.suppress(RuntimeError):
+            waiting.extend(self._threads.submit(file.fsync) for file in files[1:])
+        try:
+            for file in (*files[:1], *files[1 + len(waiting) :]):
+                file.fsync()
+        finally:
+            wait(waiting)
+        for sync in waiting:
+            sync.result()
 
     def _surplus(self, growing: _Growing) -> bool:
         return growing.file.stored_bytes() > growing.file.offset(growing.length)
 
     def _open(self, record: FileRecord, identity: MemoryIdentity, *, check_tail: bool) -> CtxFile:
         path = self.directory / record.name
-        file = CtxFile.open(path, writable=self._writable, length=0)
+        file = CtxFile.open(path, writable=self._writable, length=0, limit=self.limit)
         try:
             expected = header_for(identity, record.kind, record.level)
             if file.header != expected:

@@ -13,10 +13,13 @@ from megacontext.config import FrozenConfig
 from megacontext.errors import InputError, MemoryStoreError
 from megacontext.memory.key_index_file import load_lists, save_lists, stored_at
 from megacontext.memory.key_lists import FEWEST_KEYS, Codes, KeyLists, find_faiss
-from megacontext.memory.key_search import Relevance, best_first, search_all
+from megacontext.memory.key_search import KEYS_PER_CHUNK, Relevance, best_first, search_all
 from megacontext.memory.tree import Memory
 
 _LEVEL: Final = 1
+_NUMBER_BYTES: Final = 2
+# How many are multiplied at once may change the last bit; a scorer's own pieces stay whole.
+_WHOLE: Final = 8192
 
 
 class KeyIndexConfig(FrozenConfig):
@@ -101,15 +104,15 @@ class KeyIndex:
             )
         lists = self._current() if k and n > self.config.flat_keys else None
         if lists is None:
-            return search_all(self._read, relevance, k, 0, n)
+            return self._search_all(relevance, k, 0, n)
         covered = min(n, lists.covered)
         most = max(k, self.config.rerank)
         likely = lists.find(queries, most, covered, self.config.probe_share)
         if len(likely) < min(k, covered):
             # 4-bit sums leave out keys at their very bottom, and some lists hold few keys.
-            return search_all(self._read, relevance, k, 0, n)
-        blocks, value = search_all(self._read, relevance, k, covered, n)
-        exact = relevance(memory.keys(_LEVEL)[likely]).float()
+            return self._search_all(relevance, k, 0, n)
+        blocks, value = self._search_all(relevance, k, covered, n)
+        exact = relevance(memory.keys_at(_LEVEL, likely)).float()
         return best_first(torch.cat((likely, blocks)), torch.cat((exact, value)), k)
 
     def update(self) -> None:
@@ -124,6 +127,20 @@ class KeyIndex:
 
     def _read(self, start: int, stop: int) -> Tensor:
         return self.memory.keys(_LEVEL, start, stop)
+
+    def _search_all(
+        self, relevance: Relevance, k: int, start: int, stop: int
+    ) -> tuple[Tensor, Tensor]:
+        return search_all(self._read, relevance, k, start, stop, self._at_once)
+
+    @property
+    def _at_once(self) -> int:
+        """Keys to read at a time: no more than half of what may stay in RAM."""
+        memory = self.memory
+        if memory.resident_bytes is None:
+            return KEYS_PER_CHUNK
+        fitting = memory.resident_bytes // 2 // (_NUMBER_BYTES * memory.identity.key_width)
+        return min(KEYS_PER_CHUNK, fitting - fitting % _WHOLE or fitting)
 
     def _current(self) -> KeyLists | None:
         """Lists that cover enough of the keys that there are now; ``None``: compare them all."""
@@ -173,9 +190,14 @@ class KeyIndex:
             if not self.memory.writable and self._searches <= self.config.reader_searches:
                 return
             lists = KeyLists.train(
-                self._faiss, self._read, self._n_keys, self.config.codes, self.config.threads
+                self._faiss,
+                self._read,
+                self._n_keys,
+                self.config.codes,
+                self.config.threads,
+                self._at_once,
             )
-        lists.add(self._read, self._n_keys)
+        lists.add(self._read, self._n_keys, self._at_once)
         self._lists, self._searches = lists, 0
         if self.memory.writable:
             # Without it on disk the next process builds it again; that is no reason to stop here.

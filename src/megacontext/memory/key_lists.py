@@ -60,7 +60,15 @@ class KeyLists:
         self._threads = threads
 
     @classmethod
-    def train(cls, faiss: Any, read: ReadKeys, n_keys: int, codes: Codes, threads: int) -> Self:
+    def train(
+        cls,
+        faiss: Any,
+        read: ReadKeys,
+        n_keys: int,
+        codes: Codes,
+        threads: int,
+        at_once: int = KEYS_PER_CHUNK,
+    ) -> Self:
         """Finds centroids and codes from an evenly spaced sample of the keys; adds none.
 
         Args:
@@ -69,10 +77,11 @@ class KeyLists:
             n_keys: keys there are, at least :data:`FEWEST_KEYS`.
             codes: what is kept of a key.
             threads: threads at work, now and later.
+            at_once: keys to read at a time.
         """
         lists = list_count(n_keys)
         sample_size = max(_SMALLEST_SAMPLE, lists * _SAMPLE_PER_LIST)
-        sample = _spread(read, n_keys, min(n_keys, sample_size))
+        sample = _spread(read, n_keys, min(n_keys, sample_size), at_once)
         index = _empty_index(faiss, sample.shape[1], lists, codes)
         with _threads(faiss, threads):
             index.train(_numbers(sample))
@@ -121,11 +130,11 @@ class KeyLists:
         """How many lists there are."""
         return int(self._index.nlist)
 
-    def add(self, read: ReadKeys, stop: int) -> None:
+    def add(self, read: ReadKeys, stop: int, at_once: int = KEYS_PER_CHUNK) -> None:
         """Adds the keys from :attr:`covered` to ``stop``, a bounded number at a time."""
         with _threads(self._faiss, self._threads):
-            for first in range(self.covered, stop, KEYS_PER_CHUNK):
-                self._index.add(_numbers(read(first, min(stop, first + KEYS_PER_CHUNK))))
+            for first in range(self.covered, stop, at_once):
+                self._index.add(_numbers(read(first, min(stop, first + at_once))))
         if self.covered != stop:
             raise InvariantError(f"key index: it has {self.covered} keys, expected {stop}")
 
@@ -178,12 +187,12 @@ def _empty_index(faiss: Any, width: int, lists: int, codes: Codes) -> Any:
     return index
 
 
-def _spread(read: ReadKeys, n_keys: int, count: int) -> Tensor:
+def _spread(read: ReadKeys, n_keys: int, count: int, at_once: int) -> Tensor:
     """``count`` of the keys at even distances, read in order."""
     places = torch.arange(count) * n_keys // count
     parts: list[Tensor] = []
-    for first in range(0, n_keys, KEYS_PER_CHUNK):
-        stop = min(n_keys, first + KEYS_PER_CHUNK)
+    for first in range(0, n_keys, at_once):
+        stop = min(n_keys, first + at_once)
         here = places[torch.searchsorted(places, first) : torch.searchsorted(places, stop)]
         parts.append(read(first, stop)[here - first])
     return torch.cat(parts)

@@ -19,7 +19,12 @@ Relevance = Callable[[Tensor], Tensor]
 
 
 def search_all(
-    read: ReadKeys, relevance: Relevance, k: int, start: int, stop: int
+    read: ReadKeys,
+    relevance: Relevance,
+    k: int,
+    start: int,
+    stop: int,
+    at_once: int = KEYS_PER_CHUNK,
 ) -> tuple[Tensor, Tensor]:
     """The most relevant of all keys from one index to another.
 
@@ -29,13 +34,14 @@ def search_all(
         k: most keys to return.
         start: index of the first key that counts.
         stop: one past the last.
+        at_once: keys to read and compare at a time.
 
     Returns:
         Indices ``[m]`` int64 and relevance ``[m]`` float32, best first, ties to the newer key.
     """
     best = torch.empty(0, dtype=torch.int64), torch.empty(0)
-    for first in range(start, stop, KEYS_PER_CHUNK):
-        keys = read(first, min(stop, first + KEYS_PER_CHUNK))
+    for first in range(start, stop, at_once):
+        keys = read(first, min(stop, first + at_once))
         found = relevance(keys).float()
         here = _largest(found, k)
         index, value = torch.cat((best[0], here + first)), torch.cat((best[1], found[here]))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import sqlite3
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from megacontext.errors import InputError
 from megacontext.memory.index_sum import added_terms
@@ -22,7 +22,22 @@ COMMON_FLOOR: Final = 16
 MAX_POSTINGS: Final = 32_768
 """A search scores about this many (term, block) pairs at most, rarest terms first."""
 
+_MOST_COUNTS: Final = 1 << 16
+"""Terms whose counts are kept, so that a long session needs bounded memory."""
+
 _UNSTEMMED: Final = TOKENIZER.removeprefix("porter ")
+
+
+class AddedTexts(NamedTuple):
+    """What the texts of one commit change.
+
+    Attributes:
+        index_sum: what they add to the index's sum (see :mod:`~megacontext.memory.index_sum`).
+        frequencies: of the stems whose counts are kept, how many of the texts contain each.
+    """
+
+    index_sum: int
+    frequencies: Mapping[str, int]
 
 
 class LexicalIndex:
@@ -40,7 +55,7 @@ class LexicalIndex:
         self._frequencies: dict[str, int] = {}
         self._frequencies_of = -1
 
-    def add(self, first_block: int, texts: Sequence[str]) -> int:
+    def add(self, first_block: int, texts: Sequence[str]) -> AddedTexts:
         """Indexes the texts of consecutive blocks, inside the caller's transaction.
 
         Args:
@@ -48,13 +63,26 @@ class LexicalIndex:
             texts: one per block.
 
         Returns:
-            What they add to the index's sum (see :mod:`~megacontext.memory.index_sum`).
+            What they change, for :meth:`carry_over` once the transaction is committed.
         """
         rows = [(first_block + i, _storable(text)) for i, text in enumerate(texts, start=1)]
         self._connection.executemany("INSERT INTO blocks (rowid, text) VALUES (?, ?)", rows)
         with self._splitting() as splitter:
             splitter.executemany("INSERT INTO stemmed (rowid, text) VALUES (?, ?)", rows)
-            return added_terms(splitter, "stemmed_terms")
+            return AddedTexts(added_terms(splitter, "stemmed_terms"), self._known(splitter))
+
+    def carry_over(self, generation: int, frequencies: Mapping[str, int]) -> None:
+        """Keeps the counts over a commit of this process; others' commits make them void.
+
+        Args:
+            generation: the commit that was just made.
+            frequencies: what it added to them.
+        """
+        if self._frequencies_of != generation - 1:
+            return
+        for stem, count in frequencies.items():
+            self._frequencies[stem] += count
+        self._frequencies_of = generation
 
     def search(
         self, query: str, limit: int, *, n_blocks: int, generation: int
@@ -145,8 +173,17 @@ class LexicalIndex:
                     "SELECT doc FROM block_terms WHERE term = ?", (stem,)
                 ).fetchone()
             count = int(row[0]) if row is not None else 0
+            if len(self._frequencies) >= _MOST_COUNTS:
+                self._frequencies.clear()
             self._frequencies[stem] = count
         return count
+
+    def _known(self, splitter: sqlite3.Connection) -> dict[str, int]:
+        """Of the stems whose counts are kept, how many of the texts just split contain each."""
+        if not self._frequencies:
+            return {}
+        counted = splitter.execute("SELECT term, doc FROM stemmed_blocks")
+        return {stem: count for stem, count in counted if stem in self._frequencies}
 
     def _stems(self, words: Sequence[str]) -> list[list[str]]:
         """The terms that each word falls into, all in one go."""
@@ -198,6 +235,7 @@ def _make_splitter() -> sqlite3.Connection:
         splitter.execute(
             f"CREATE VIRTUAL TABLE {table}_terms USING fts5vocab ('{table}', 'instance')"
         )
+    splitter.execute("CREATE VIRTUAL TABLE stemmed_blocks USING fts5vocab ('stemmed', 'row')")
     return splitter
 
 

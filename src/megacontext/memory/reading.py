@@ -73,6 +73,11 @@ class ReadableMemory:
             raise InputError(f"{self.path}: level is {level}, it must be 0 or more")
         return span_count(self.n_tokens, self.identity.block_size, level)
 
+    @property
+    def resident_bytes(self) -> int | None:
+        """Most bytes of mapped files that stay in RAM; ``None``: there is no limit."""
+        return None if self._files.limit is None else self._files.limit.n_bytes
+
     def tokens(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Token ids ``[stop - start]`` int32, a view on the file's memory map: do not write to it.
 
@@ -80,6 +85,14 @@ class ReadableMemory:
             InputError: the range does not lie within the memory.
         """
         return self._read("tokens", 0, start, stop, 0, torch.int32)
+
+    def tokens_at(self, index: Tensor) -> Tensor:
+        """The token ids at ``index`` ``[m]`` int64: ``[m]`` int32, no other is read.
+
+        Raises:
+            InputError: a token does not lie within the memory.
+        """
+        return self._take("tokens", 0, index)
 
     def gists(self, level: int, start: int = 0, stop: int | None = None) -> Tensor:
         """Gists ``[stop - start, gist_width]``: a view on the memory map, float16 or bfloat16.
@@ -100,12 +113,7 @@ class ReadableMemory:
         Raises:
             InputError: there is no such level, or a gist does not lie within the memory.
         """
-        self._check_open()
-        file = self._files.get("gists", level)
-        count = self.count(level)
-        if not level or file is None or bool(((index < 0) | (index >= count)).any()):
-            raise InputError(f"{self.path}: no such gists of level {level}; there are {count}")
-        return file.take(index).float()
+        return self._take("gists", level, index).float()
 
     def keys(self, level: int, start: int = 0, stop: int | None = None) -> Tensor:
         """Lens keys ``[stop - start, key_width]`` float16 or bfloat16, a view on the memory map.
@@ -116,6 +124,14 @@ class ReadableMemory:
         if not self.identity.key_width:
             raise InputError(f"{self.path}: this memory stores no lens keys (its key_width is 0)")
         return self._read("keys", level, start, stop, self.identity.key_width, self._vector_dtype)
+
+    def keys_at(self, level: int, index: Tensor) -> Tensor:
+        """The keys at ``index`` ``[m]`` int64, as :meth:`keys` gives them; no other is read.
+
+        Raises:
+            InputError: there is no such level, or a key does not lie within the memory.
+        """
+        return self._take("keys", level, index)
 
     @property
     def keys_file(self) -> str | None:
@@ -159,9 +175,9 @@ class ReadableMemory:
         """Fidelity of the gists at ``index`` ``[m]`` int64: ``[m]`` float32, no other is read.
 
         Raises:
-            InputError: there is no such level.
+            InputError: there is no such level, or a gist does not lie within the memory.
         """
-        return self._read("fidelity", level, 0, None, 1, torch.float16)[index, 0].float()
+        return self._take("fidelity", level, index)[:, 0].float()
 
     def sources(self) -> list[SourceRecord]:
         """All sources, in the order of their tokens."""
@@ -256,6 +272,17 @@ class ReadableMemory:
             )
         file = self._files.get(kind, level)
         return file.map(start, end) if file is not None else torch.empty((0, width), dtype=dtype)
+
+    def _take(self, kind: FileKind, level: int, index: Tensor) -> Tensor:
+        self._check_open()
+        file, count = self._files.get(kind, level), self.count(level)
+        if (
+            file is None
+            or (level == 0) != (kind == "tokens")
+            or bool(((index < 0) | (index >= count)).any())
+        ):
+            raise InputError(f"{self.path}: no such {kind} of level {level}; there are {count}")
+        return file.take(index)
 
     def _check_open(self) -> None:
         if self._unusable == CLOSED:

@@ -13,6 +13,7 @@ from megacontext.memory.catalog_rows import FileUpdate
 from megacontext.memory.file_set import FileSet, header_for
 from megacontext.memory.identity import MemoryIdentity
 from megacontext.memory.records import level_records, span_count
+from megacontext.memory.resident import ResidentLimit
 
 
 class GistBatch(NamedTuple):
@@ -45,15 +46,21 @@ class Rebuild:
         identity: its identity once the rebuild is committed.
         n_tokens: its tokens.
         generation: number of the commit that will switch to the new files.
+        limit: to what stays in RAM of their maps.
     """
 
     def __init__(
-        self, directory: Path, identity: MemoryIdentity, n_tokens: int, generation: int
+        self,
+        directory: Path,
+        identity: MemoryIdentity,
+        n_tokens: int,
+        generation: int,
+        limit: ResidentLimit | None = None,
     ) -> None:
         self._identity = identity
         self._n_tokens = n_tokens
         self._generation = generation
-        self._files = FileSet(directory, writable=True)
+        self._files = FileSet(directory, writable=True, limit=limit)
 
     def write(self, tokens: Children, make: GistMaker) -> list[FileUpdate]:
         """Writes every level, lowest first, and syncs the files.

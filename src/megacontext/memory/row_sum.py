@@ -24,14 +24,17 @@ _BITS: Final = 128
 _UNCOUNTED: Final = frozenset({ROW_SUM, ROLL_BACKS})
 
 
-def row_hash(table: str, row: Sequence[Any]) -> int:
-    """128 bits that change with any value of a row."""
-    text = json.dumps([table, *row], ensure_ascii=True, default=_tagged)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=_BITS // 8).digest())
-
-
 def _tagged(value: bytes) -> dict[str, str]:
     return {"bytes": value.hex()}
+
+
+_ENCODER: Final = json.JSONEncoder(ensure_ascii=True, default=_tagged)
+
+
+def row_hash(table: str, row: Sequence[Any]) -> int:
+    """128 bits that change with any value of a row."""
+    text = _ENCODER.encode([table, *row])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=_BITS // 8).digest())
 
 
 def count_rows(connection: sqlite3.Connection) -> str:

@@ -39,6 +39,7 @@ from megacontext.memory.opening import (
 from megacontext.memory.reading import CLOSED, ReadableMemory
 from megacontext.memory.rebuild import GistMaker, Rebuild
 from megacontext.memory.records import append_records
+from megacontext.memory.resident import ResidentLimit
 from megacontext.memory.verify import VerifyReport, verify_catalog
 
 
@@ -68,16 +69,25 @@ class Memory(ReadableMemory):
         self._next_source = catalog.max_source_id() + 1
 
     @classmethod
-    def create(cls, path: Path | str, identity: MemoryIdentity) -> Self:
+    def create(
+        cls, path: Path | str, identity: MemoryIdentity, *, resident_mb: int | None = None
+    ) -> Self:
         """Makes an empty memory and opens it for writing.
 
+        Args:
+            path: its directory.
+            identity: what it is made with.
+            resident_mb: as of :meth:`open`.
+
         Raises:
+            InputError: ``resident_mb`` is not allowed.
             MemoryExistsError: something lies at ``path`` already.
             StorageFullError, ReadOnlyMemoryError, MemoryStoreError: it cannot be written.
         """
         target = Path(path)
+        ResidentLimit.of(resident_mb)  # before anything is made
         create_directory(target, identity)
-        return cls.open(target, "a")
+        return cls.open(target, "a", resident_mb=resident_mb)
 
     @classmethod
     def open(
@@ -86,6 +96,7 @@ class Memory(ReadableMemory):
         mode: Literal["r", "a"] = "r",
         *,
         expect: MemoryIdentity | None = None,
+        resident_mb: int | None = None,
     ) -> Self:
         """Opens a memory as of its last commit.
 
@@ -93,8 +104,11 @@ class Memory(ReadableMemory):
             path: its directory.
             mode: ``"r"`` to read, ``"a"`` to read and append; one writer at a time.
             expect: what the memory must have been made with.
+            resident_mb: most MiB of its files' maps that stay in RAM, 16 or more; ``None``: as the
+                system likes. See :class:`~.resident.ResidentLimit`.
 
         Raises:
+            InputError: ``mode`` is neither, or ``resident_mb`` is not allowed.
             MemoryNotFoundError: there is none.
             MemoryMismatchError: it was made with something else than ``expect``.
             MemoryVersionError: its format is unknown.
@@ -102,12 +116,12 @@ class Memory(ReadableMemory):
             ReadOnlyMemoryError: ``mode`` is ``"a"`` and it cannot be written to.
             CorruptMemoryError: its files do not hold what its catalog says.
         """
-        directory = Path(path)
+        directory, limit = Path(path), ResidentLimit.of(resident_mb)
         check_openable(directory, mode)
         writable = mode == "a"
         lock = WriterLock.acquire(directory) if writable else None
         catalog: Catalog | None = None
-        files = FileSet(directory, writable=writable)
+        files = FileSet(directory, writable=writable, limit=limit)
         try:
             note = acknowledged(directory)
             catalog = Catalog.open(directory, writable=writable)
@@ -253,7 +267,7 @@ class Memory(ReadableMemory):
         given: dict[str, Any] = {key: new for key, new in changes.items() if new is not None}
         identity = dataclasses.replace(self.identity, gist_version=gist_version, **given)
         generation = self.generation + 1
-        rebuild = Rebuild(self.path, identity, self.n_tokens, generation)
+        rebuild = Rebuild(self.path, identity, self.n_tokens, generation, self._files.limit)
         try:
             updates = rebuild.write(self.tokens, make)
             self._catalog.commit_replacement(generation, self.n_tokens, identity, updates)

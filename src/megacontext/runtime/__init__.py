@@ -24,6 +24,7 @@ from megacontext.runtime.oracle_policy import OraclePolicy
 from megacontext.runtime.regist import regist
 from megacontext.runtime.sampling import SamplingConfig, TokenSampler
 from megacontext.runtime.session import DecodeConfig, Session, SessionConfig
+from megacontext.runtime.session_batch import SessionBatch
 from megacontext.runtime.working_context import WorkingContext
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "RecencyPolicy",
     "SamplingConfig",
     "Session",
+    "SessionBatch",
     "SessionConfig",
     "TokenSampler",
     "WorkingContext",

@@ -91,7 +91,7 @@ class ContextReader:
         cursor = context.cursor
         is_gist = rows.levels > 0
         tokens = rows.starts[~is_gist]
-        known = self.memory.tokens(0, cursor)[tokens[tokens < cursor]].long()
+        known = self.memory.tokens_at(tokens[tokens < cursor]).long()
         raw = self.base.embed(torch.cat((known, pending.long()[tokens[tokens >= cursor] - cursor])))
         if not bool(is_gist.any()):
             return raw

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from megacontext.runtime.focus_allocator import FocusAllocator
+from megacontext.runtime.focus_allocator import AllocatorConfig, FocusAllocator
 from megacontext.runtime.focus_policies import FocusView
 from megacontext.runtime.focus_scores import AllocatorState, FocusScores
 from megacontext.runtime.working_context import WorkingContext
@@ -33,7 +33,8 @@ class Counterfactual:
         self.view = view
         self.future = future
         self.batch = batch
-        self._allocator = FocusAllocator()
+        # Room to spare would be counted as the price of a single block.
+        self._allocator = FocusAllocator(AllocatorConfig(spare_share=0.0))
 
     @cached_property
     def now(self) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -26,13 +25,15 @@ from megacontext.runtime.answer import Answer, DecodedToken, Looks
 from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.companions import require_fit
 from megacontext.runtime.context_reader import ContextReader
+from megacontext.runtime.decoding import Decoding
+from megacontext.runtime.engine_state import EngineState, Explanation
 from megacontext.runtime.focus_allocator import AllocatorConfig, FocusAllocator
 from megacontext.runtime.focus_loop import FocusLoop, FocusRecord
 from megacontext.runtime.focus_policies import FocusPolicy, LexicalPolicy
 from megacontext.runtime.focus_scores import FocusPlan
 from megacontext.runtime.gist_builder import GistBuilder
 from megacontext.runtime.ingest import Ingested, Ingestor, Progress
-from megacontext.runtime.reading import KVMode, Reading, new_reading, require_rotation
+from megacontext.runtime.reading import KVChoice, KVMode, Reading, kv_mode, new_reading
 from megacontext.runtime.sampling import TokenSampler
 from megacontext.runtime.working_context import PositionPolicy, WorkingContext
 from megacontext.telemetry import Telemetry
@@ -54,6 +55,7 @@ class EngineConfig(FrozenConfig):
         kv: what an edit costs while an answer is written. ``exact``: everything from the first
             edited entry on is computed again. ``incremental``: unedited entries keep their keys
             and values; only what was inserted is computed, and what asks (``query_tokens``).
+            ``auto``: ``incremental``, or ``exact`` where the base's keys cannot be moved.
         kv_halo: rows behind every inserted one that ``incremental`` computes again, too.
         query_tokens: how many of the newest tokens ask, where there is no prompt.
         refocus_rounds: most rounds before an answer; fewer when a round edits nothing.
@@ -67,7 +69,7 @@ class EngineConfig(FrozenConfig):
     asked_tail_tokens: int = Field(default=64, ge=0)
     gist_slots: int | None = Field(default=None, ge=1)
     positions: PositionPolicy = "gists_first"
-    kv: KVMode = "exact"
+    kv: KVChoice = "auto"
     kv_halo: int = Field(default=0, ge=0)
     query_tokens: int = Field(default=64, ge=1)
     refocus_rounds: int = Field(default=4, ge=1, le=16)
@@ -82,34 +84,6 @@ class EngineConfig(FrozenConfig):
                 f"tail_tokens is {self.tail_tokens}, expected less than budget ({self.budget})"
             )
         return self
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Why a span was in context when a token was written.
-
-    Attributes:
-        token: the token asked about.
-        record: the refocus in force: entries, proposals and edits.
-    """
-
-    token: DecodedToken
-    record: FocusRecord
-
-
-@dataclass(frozen=True)
-class EngineState:
-    """Where a session stands; ``entries`` counts working entries by level."""
-
-    cursor: int
-    budget: int
-    cost: int
-    entries: dict[int, int]
-    rounds: int
-    policy: str
-    swap_rate: float
-    residency: float
-    utilization: float
 
 
 class Engine:
@@ -149,6 +123,7 @@ class Engine:
         self.config = EngineConfig() if config is None else config
         self.telemetry = Telemetry() if telemetry is None else telemetry
         self._check_fit(lens)
+        self.kv: KVMode = kv_mode(self.config.kv, base)
         self.ingestor = Ingestor(
             base,
             GistBuilder(base, self.gistnet, lens),
@@ -177,7 +152,7 @@ class Engine:
             query_tokens=self.config.query_tokens,
             keep_records=self.config.keep_records,
             asked_tail_tokens=self.config.asked_tail_tokens,
-            kv=self.config.kv,
+            kv=self.kv,
         )
         self._decoded: deque[DecodedToken] = deque(maxlen=self.config.keep_records)
 
@@ -287,7 +262,8 @@ class Engine:
                 where the prompt wraps it in words of its own. Unless remembered, such a question
                 starts from the coarsest context: what was in detail before is not its concern.
             look_again: text, such as the end of a sentence, behind which the focus looks again, for
-                query and answer so far: one note may lead to the next.
+                query and answer so far: one note may lead to the next. Until then what was found
+                for a question holds, and looks every block only make room.
             remember: whether prompt and answer become part of the memory. If not, the focus
                 returns to where it stood once the answer is complete.
             seed: of the sampler.
@@ -298,30 +274,87 @@ class Engine:
                 budget.
             ReadOnlyMemoryError: ``remember`` is asked of a memory open for reading.
         """
+        decoding = self.begin(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            query=query,
+            look_again=look_again,
+            remember=remember,
+            seed=seed,
+            **sampling,
+        )
+        try:
+            while not decoding.ended:
+                logits = self.look(decoding) if decoding.due else decoding.step()
+                yield from self.take(decoding, logits)
+        finally:
+            self.end(decoding)
+
+    def begin(
+        self,
+        prompt: str = "",
+        *,
+        max_new_tokens: int = 256,
+        stop: str = "",
+        query: str = "",
+        look_again: str = "",
+        remember: bool = True,
+        seed: int = 0,
+        **sampling: Any,
+    ) -> Decoding:
+        """Begins an answer without decoding it; arguments and errors as :meth:`generate`.
+
+        For each token then call :meth:`look` where the answer is due, else compute the logits
+        behind its newest token, and :meth:`take` them; call :meth:`end` in any case.
+        """
         sampler = TokenSampler(self.base.generation_config, seed, **sampling)
         self._check_request(max_new_tokens, remember=remember)
         started = time.perf_counter()
         # The memory may have grown otherwise: a reader's by refresh(), a writer's by append().
         self.focus.advance(self.memory.n_tokens)
         start = self.memory.n_tokens
-        answer = Answer(self.base, self.base.encode(prompt), start, stop)
-        n_prompt = len(answer.said)
-        asked = self.base.encode(query) if query else None
-        mark = self.focus.mark()
+        decoding = Decoding(
+            self.base,
+            Answer(self.base, self.base.encode(prompt), start, stop),
+            self.new_reading(),
+            sampler,
+            Looks(self.base.encode(query) if query else None, look_again),
+            max_new_tokens,
+            self.memory.identity.block_size,
+            start,
+            remember,
+            self.focus.mark(),
+            started,
+        )
         if query and not remember:
             self.focus.start_over()
-        try:
-            looks = Looks(asked, look_again)
-            for decoded in self._decode(answer, sampler, max_new_tokens, looks, remember=remember):
-                self._decoded.append(decoded)
-                yield decoded
-        finally:
-            self._report_decode(start + n_prompt, len(answer.released) - n_prompt, started)
-            # Also where the caller stops listening: what was given out is remembered.
-            if remember:
-                self._commit(answer.released[self.memory.n_tokens - start :])
-            elif self.context.cursor == start:
-                self.focus.return_to(mark)
+        return decoding
+
+    def look(self, decoding: Decoding) -> Tensor:
+        """Lets the focus look again and reads what changed; logits ``[vocab]`` of what follows."""
+        answer, said = decoding.answer, decoding.said
+        if decoding.remember:
+            self._commit(answer.certain[self.memory.n_tokens - decoding.start :])
+        pending = answer.said[self.memory.n_tokens - decoding.start :]
+        asking, query = len(answer.said), decoding.looks.behind(said)
+        return self._focus_and_read(
+            decoding.reading, pending, asking, decoding.fresh, query, len(said)
+        )
+
+    def take(self, decoding: Decoding, logits: Tensor) -> Iterator[DecodedToken]:
+        """Chooses the next token by its logits ``[vocab]``; yields what belongs to the answer."""
+        for decoded in decoding.take(logits, self.focus.state.round):
+            self._decoded.append(decoded)
+            yield decoded
+
+    def end(self, decoding: Decoding) -> None:
+        """Remembers what was given out, or returns the focus; the answer need not be complete."""
+        self._report_decode(decoding)
+        if decoding.remember:
+            self._commit(decoding.answer.released[self.memory.n_tokens - decoding.start :])
+        elif self.context.cursor == decoding.start:
+            self.focus.return_to(decoding.mark)
 
     def _check_request(self, max_new_tokens: int, *, remember: bool) -> None:
         if max_new_tokens < 1:
@@ -331,40 +364,6 @@ class Engine:
                 f"{self.memory.path.name}: open for reading only; open it with mode 'a', or pass "
                 "remember=False"
             )
-
-    def _decode(
-        self,
-        answer: Answer,
-        sampler: TokenSampler,
-        max_new_tokens: int,
-        looks: Looks,
-        *,
-        remember: bool,
-    ) -> Iterator[DecodedToken]:
-        size, start = self.memory.identity.block_size, self.memory.n_tokens
-        n_prompt = len(answer.said)
-        reading = self.new_reading()
-        again = False
-        for count in range(max_new_tokens):
-            if again or count % size == 0:
-                if remember:
-                    self._commit(answer.certain[self.memory.n_tokens - start :])
-                pending = answer.said[self.memory.n_tokens - start :]
-                rounds = self.config.refocus_rounds if again or not count else 1
-                said = answer.said[n_prompt:]
-                logits = self._focus_and_read(
-                    reading, pending, len(answer.said), rounds, looks.behind(said), len(said)
-                )
-            else:
-                logits = reading.step(answer.said[-1:])
-            token = sampler.choose(logits, answer.said)
-            if sampler.is_end(token):
-                break
-            yield from answer.push(token, self.focus.state.round)
-            if answer.stopped:
-                return
-            again = looks.after(self.base, answer.said[n_prompt:])
-        yield from answer.finish()
 
     def ask(self, prompt: str, **options: Any) -> str:
         """The whole answer of :meth:`generate`, without remembering prompt and answer."""
@@ -402,6 +401,7 @@ class Engine:
             entries=dict(zip(levels.tolist(), counts.tolist(), strict=True)),
             rounds=self.focus.state.round,
             policy=self.focus.policy.name,
+            kv=self.kv,
             swap_rate=meter.swap_rate,
             residency=meter.residency,
             utilization=meter.utilization,
@@ -411,7 +411,7 @@ class Engine:
         """What an answer is decoded from: nothing is read yet; KV mode as configured."""
         config = self.config
         return new_reading(
-            config.kv,
+            self.kv,
             self.base,
             self.reader,
             halo=config.kv_halo,
@@ -421,8 +421,6 @@ class Engine:
     def _check_fit(self, lens: LensNet | None) -> None:
         """Refuses models, memory and sizes that do not belong together."""
         base, gists = self.base, self.gistnet.config
-        if self.config.kv == "incremental":
-            require_rotation(base)
         require_fit(self.gistnet, base)
         if (self.config.gist_slots or 1) > gists.slots:
             raise ConfigError(
@@ -458,7 +456,7 @@ class Engine:
         reading: Reading,
         pending: Tensor,
         asking: int,
-        rounds: int,
+        fresh: bool,
         query: Tensor | None,
         written: int,
     ) -> Tensor:
@@ -474,12 +472,13 @@ class Engine:
                 f"{self.config.budget - room} stay free for decoding); remember them "
                 "(remember=True), shorten the prompt, or raise the budget"
             )
-        for _ in range(rounds):
+        for _ in range(self.config.refocus_rounds if fresh else 1):
             plan = self.focus.refocus(
                 pending,
                 asking=asking,
                 query=query,
                 written=written,
+                settled=not fresh,
                 reserve=reserve,
                 reason="decode",
                 cached=reading.window,
@@ -488,12 +487,12 @@ class Engine:
                 break
         return reading.read(self.context, pending, asking=asking)
 
-    def _report_decode(self, start: int, tokens: int, started: float) -> None:
+    def _report_decode(self, decoding: Decoding) -> None:
         if self.telemetry.enabled:
             self.telemetry.decode(
                 generation=self.memory.generation,
-                start=start,
-                tokens=tokens,
+                start=decoding.start + decoding.n_prompt,
+                tokens=len(decoding.answer.released) - decoding.n_prompt,
                 cost=self.context.cost,
-                ms=(time.perf_counter() - started) * 1000,
+                ms=(time.perf_counter() - decoding.started) * 1000,
             )

@@ -37,6 +37,9 @@ class AllocatorConfig(FrozenConfig):
         move_budget: token-equivalents by which the expands of one plan, plus its collapses below
             the threshold, may change the window. An expand that alone needs more never happens.
         headroom: token-equivalents kept free for the tokens decoded until the next refocus.
+        spare_share: share of the budget that making room frees beyond the need, as far as nothing
+            of known worth collapses for it. A collapse far back has what stands behind it computed
+            again, or moved, so room for several blocks at once costs less than block by block.
     """
 
     max_edits: int = Field(default=8, ge=0, le=65_536)
@@ -48,6 +51,7 @@ class AllocatorConfig(FrozenConfig):
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     move_budget: int = Field(default=1024, ge=1)
     headroom: int = Field(default=32, ge=0)
+    spare_share: float = Field(default=0.1, ge=0, le=0.5)
 
     @model_validator(mode="after")
     def _thresholds_leave_a_gap(self) -> Self:
@@ -93,9 +97,10 @@ class FocusAllocator:
 
     A plan has three steps. It makes room, if the window leaves less than ``reserve + headroom`` of
     the budget free: the groups that lose the fewest nats per token-equivalent freed collapse,
-    oldest first among equals. It expands, best first (:attr:`AllocatorConfig.competition`), where
-    needed against payment: other groups collapse that lose less than is won. It collapses groups
-    whose loss lies below the threshold. What one step did, a later one does not undo.
+    oldest first among equals, and those that lose nothing go on until there is room to spare. It
+    expands, best first (:attr:`AllocatorConfig.competition`), where needed against payment: other
+    groups collapse that lose less than is won. It collapses groups whose loss lies below the
+    threshold. What one step did, a later one does not undo.
 
     A gist made in this plan has no score of its own; until the next refocus it counts what its
     children lost together, or 0 if that was negative.
@@ -125,7 +130,7 @@ class FocusAllocator:
             InvariantError: the context violates one.
         """
         limit = self._limit(context, reserve)
-        draft = self._start(context, scores, state).make_room(limit)
+        draft = self._start(context, scores, state).make_room(limit, self._spare(context))
         draft = self._expand(draft, self._candidates(context, scores), limit)
         draft = self._collapse(draft)
         return FocusPlan(draft.edits, draft.context.check(), self._next_state(state, draft.edits))
@@ -152,7 +157,7 @@ class FocusAllocator:
             InvariantError: the context violates one.
         """
         limit = self._limit(context, reserve)
-        draft = self._start(context, scores, state).make_room(limit)
+        draft = self._start(context, scores, state).make_room(limit, self._spare(context))
         return FocusPlan(draft.edits, draft.context.check(), state)
 
     def _limit(self, context: WorkingContext, reserve: int) -> int:
@@ -167,6 +172,9 @@ class FocusAllocator:
                 f"{context.coarsest_cost}; raise budget or lower tail_tokens"
             )
         return limit
+
+    def _spare(self, context: WorkingContext) -> int:
+        return int(self.config.spare_share * context.budget)
 
     def _start(
         self, context: WorkingContext, scores: FocusScores, state: AllocatorState
@@ -192,6 +200,8 @@ class FocusAllocator:
         return _Candidates(starts[first], levels[first], utility, proposed)
 
     def _expand(self, draft: FocusDraft, candidates: _Candidates, limit: int) -> FocusDraft:
+        if not candidates.starts.numel():
+            return draft
         prices = draft.prices(candidates.starts, candidates.levels)
         candidates = candidates.take(prices > 0)
         order = candidates.order(prices[prices > 0], self.config)

@@ -80,17 +80,23 @@ class FocusDraft:
         blocked = torch.isin(self.context.sibling_groups.keys, self.blocked)
         return self.worst_first[~blocked[self.worst_first]]
 
-    def make_room(self, limit: int) -> FocusDraft:
+    def make_room(self, limit: int, spare: int = 0) -> FocusDraft:
         """Collapses until the window costs at most ``limit``, which the coarsest tiling must meet.
 
         Each pass takes as many of the present groups, worst first, as the need demands; gists that
-        a pass made may collapse in the next.
+        a pass made may collapse in the next. Once there is need, groups that lose nothing go on
+        collapsing until ``spare`` token-equivalents more are free, or none of them is left.
         """
-        draft = self
-        while draft.context.cost > limit:
-            order = draft.worst_first
-            count = _enough(draft, order, draft.context.cost - limit)
-            draft = draft.collapse(order[:count], "room")
+        draft, goal = self, limit
+        while draft.context.cost > goal:
+            order, excess = draft.worst_first, draft.context.cost - limit
+            idle = int((draft.losses <= 0).sum())
+            wanted = min(_enough(draft, order, excess + spare), idle)
+            needed = _enough(draft, order, excess) if excess > 0 else 0
+            count = max(needed, wanted)
+            if not count:
+                break
+            draft, goal = draft.collapse(order[:count], "room"), limit - spare
         return draft
 
     def pay(self, needed: int, gain: float, token: int, max_edits: int) -> FocusDraft | None:

@@ -18,6 +18,7 @@ from megacontext.runtime.focus_allocator import FocusAllocator
 from megacontext.runtime.focus_metrics import FocusMeter
 from megacontext.runtime.focus_policies import FocusPolicy, FocusView
 from megacontext.runtime.focus_scores import AllocatorState, Edit, FocusPlan, FocusScores
+from megacontext.runtime.held_scores import HeldScores
 from megacontext.runtime.reading import KVMode, is_edited
 from megacontext.runtime.working_context import WorkingContext
 from megacontext.telemetry import Span, Telemetry
@@ -107,6 +108,7 @@ class FocusLoop:
         self.state = AllocatorState.initial()
         self.meter = FocusMeter()
         self.records: deque[FocusRecord] = deque(maxlen=keep_records)
+        self._held: HeldScores | None = None
 
     def advance(self, cursor: int, reserve: int = 0) -> None:
         """Moves the cursor to ``cursor``; what no longer fits collapses, oldest first.
@@ -136,6 +138,7 @@ class FocusLoop:
         asking: int = 0,
         query: Tensor | None = None,
         written: int = 0,
+        settled: bool = False,
         reserve: int = 0,
         reason: FocusReason = "request",
         cached: WorkingContext | None = None,
@@ -148,6 +151,9 @@ class FocusLoop:
                 pending ones. At most ``query_tokens`` of them ask; without any, history does.
             query: ``[q]`` int64, tokens that ask instead of those.
             written: how many of the newest pending tokens are answer.
+            settled: whether the last look was for the same, and what was written since tells
+                nothing new. While somebody asks, what was found then holds: nothing is scored,
+                what is open stays open, and only room is made.
             reserve: token-equivalents to keep free for pending and coming tokens.
             reason: why, for telemetry; only after ``decode`` the base reads the outcome.
             cached: the context whose keys and values are known, for telemetry; none if ``None``.
@@ -162,7 +168,7 @@ class FocusLoop:
             # A policy may read the context, and this one is too long for the base to read.
             made = self._make_room(before, reserve)
             self.context, room = made.context, made.edits
-        scores = self.policy.score(self.view(pending, asking, query, written))
+        scores = self._scores(self.view(pending, asking, query, written), settled=settled)
         scored = time.perf_counter()
         plan = self.allocator.plan(self.context, scores, self.state, reserve)
         plan = FocusPlan(room + plan.edits, plan.context, plan.state)
@@ -231,6 +237,13 @@ class FocusLoop:
             written=min(written, len(pending)),
         )
 
+    def _scores(self, view: FocusView, *, settled: bool) -> FocusScores:
+        if settled and view.asked and self._held is not None:
+            return self._held.scores(view.context)
+        scores = self.policy.score(view)
+        self._held = HeldScores(view.context, scores)
+        return scores
+
     def _make_room(self, context: WorkingContext, reserve: int) -> FocusPlan:
         unknown = FocusScores.unknown(len(context))
         return self.allocator.make_room(context, unknown, self.state, reserve)
@@ -294,6 +307,7 @@ class FocusLoop:
             cost=record.cost,
             budget=plan.context.budget,
             recomputed=recomputed,
+            kv=self.kv,
             reason=reason,
             ms=(time.perf_counter() - started) * 1000,
         )

@@ -63,25 +63,23 @@ def carry(
     source, positions = carried.source.to(base.device), carried.positions.to(base.device)
     before = torch.cat((cache.gist_positions, cache.positions))
     n_gists = carried.n_gists
-    moved = before[source] != positions
-    still = not bool(moved.any())
+    at = before[source]
+    still = torch.equal(at, positions)
     if still and n_gists == cache.n_gists and _is_beginning(carried.source):
         return kv_cache.crop(cache, len(source) - n_gists)
     layers = kv_cache.layer_entries(cache.entries)
-    keys = torch.stack([layer[0].index_select(1, source) for layer, _ in layers])
+    keys = [keys.index_select(2, source) for keys, _ in layers]
     if not still:
-        by_entry = keys.transpose(1, 2)
-        at, to = before[source][moved], positions[moved]
-        by_entry[:, moved] = base.rotation.shift(
-            by_entry[:, moved],
+        keys = base.rotation.shift(
+            keys,
             at,
-            to,
+            positions,
             last_position=int(before.max()),
             new_last_position=last_position,
         )
     entries = kv_cache.new_entries()
     for index, (_, values) in enumerate(layers):
-        entries.update(keys[index][None], values.index_select(2, source), index)
+        entries.update(keys[index], values.index_select(2, source), index)
     return ContextCache(entries, positions[:n_gists], positions[n_gists:])
 
 

@@ -19,6 +19,7 @@ from megacontext.runtime.kv_cache import ContextCache
 from megacontext.runtime.working_context import WorkingContext
 
 KVMode = Literal["exact", "incremental"]
+KVChoice = Literal["auto", "exact", "incremental"]
 
 
 class Reading(ABC):
@@ -57,7 +58,18 @@ class Reading(ABC):
 
     def step(self, token: Tensor) -> Tensor:
         """Reads one more token ``[1]`` int64; logits ``[vocab]`` of what follows."""
-        return self.base.step(token, self.cache.positions[-1:] + 1, self.cache)[-1]
+        logits = self.base.step(token, self.cache.positions[-1:] + 1, self.cache)[-1]
+        self.follow(token, self.cache)  # only now: a failed step leaves no row
+        return logits
+
+    def follow(self, tokens: Tensor, cache: ContextCache) -> None:
+        """Takes over what was read one by one behind its cache, here or in a batch.
+
+        Args:
+            tokens: ``[m]`` int64.
+            cache: its cache, grown by them.
+        """
+        self.cache = cache
 
     @property
     def _ahead(self) -> int:
@@ -76,11 +88,10 @@ class ExactReading(Reading):
         self._context: ContextInput | None = None
         self._stepped: list[Tensor] = []
 
-    def step(self, token: Tensor) -> Tensor:
-        """See :meth:`Reading.step`."""
-        logits = super().step(token)
-        self._stepped.append(token.clone())  # only now: a failed step leaves no row
-        return logits
+    def follow(self, tokens: Tensor, cache: ContextCache) -> None:
+        """See :meth:`Reading.follow`."""
+        super().follow(tokens, cache)
+        self._stepped.append(tokens.clone())
 
     def read(self, window: WorkingContext, pending: Tensor, *, asking: int = 0) -> Tensor:
         """See :meth:`Reading.read`."""
@@ -195,6 +206,23 @@ def new_reading(
     if mode == "exact":
         return ExactReading(base, reader)
     return IncrementalReading(base, reader, halo=halo, query_tokens=query_tokens)
+
+
+def kv_mode(choice: KVChoice, base: BaseModel) -> KVMode:
+    """The mode that a choice stands for; ``auto``: ``incremental`` where the base allows it.
+
+    Raises:
+        ConfigError: ``incremental`` is asked of a base whose keys cannot be moved.
+    """
+    if choice == "exact":
+        return "exact"
+    try:
+        require_rotation(base)
+    except ConfigError:
+        if choice == "incremental":
+            raise
+        return "exact"
+    return "incremental"
 
 
 def require_rotation(base: BaseModel) -> None:

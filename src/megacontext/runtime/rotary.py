@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -74,17 +75,18 @@ class KeyRotation:
 
     def shift(
         self,
-        keys: Tensor,
+        keys: Sequence[Tensor],
         positions: Tensor,
         new_positions: Tensor,
         *,
         last_position: int | None = None,
         new_last_position: int | None = None,
-    ) -> Tensor:
+    ) -> list[Tensor]:
         """Moves rotated keys to other positions, in one rotation by the difference.
 
         Args:
-            keys: ``[layers, n, kv_heads, head_dim]``, rotated to ``positions``.
+            keys: of every layer, ``[1, kv_heads, n, head_dim]`` as a cache holds them, rotated to
+                ``positions``.
             positions: ``[n]`` int64, where they are.
             new_positions: ``[n]`` int64, where they shall be.
             last_position: greatest position of the sequence when they were rotated; see
@@ -92,21 +94,27 @@ class KeyRotation:
             new_last_position: greatest position of the sequence they become part of.
 
         Returns:
-            ``[layers, n, kv_heads, head_dim]`` of the dtype of ``keys``. Angles are computed in
-            float32, so that keys lose no more than one rounding each time they move.
+            Such keys again, in the dtype of ``keys``; those of a layer without rotation are the
+            same tensor. Angles are computed in float32, so that keys lose no more than one rounding
+            each time they move, and keys that stay where they are keep their bits.
         """
-        if keys.shape[1] == 0:
-            return keys
-        turned = keys.clone()
-        exact = keys[:, :0].float()
+        shifted = list(keys)
+        exact = torch.empty(0, device=positions.device)
+        stays = (positions == new_positions)[:, None]
         for layer_type, indices in self._groups.items():
             cos, sin = self._cos_sin(exact, positions, last_position, layer_type)
             new_cos, new_sin = self._cos_sin(exact, new_positions, new_last_position, layer_type)
             scale = cos.square() + sin.square()  # not 1 where the model scales attention
-            by_cos = (new_cos * cos + new_sin * sin) / scale
-            by_sin = (new_sin * cos - new_cos * sin) / scale
-            self._apply_to(turned, keys, indices, by_cos, by_sin)
-        return turned
+            by_cos = ((new_cos * cos + new_sin * sin) / scale).masked_fill(stays, 1.0)
+            by_sin = ((new_sin * cos - new_cos * sin) / scale).masked_fill(stays, 0.0)
+            width = by_cos.shape[-1]
+            for index in indices:
+                part = keys[index][..., :width]
+                # The function turns queries as well: of these as few as there may be.
+                part = self._apply(part[:, :1], part, by_cos, by_sin)[1].to(part.dtype)
+                rest = keys[index][..., width:]
+                shifted[index] = torch.cat((part, rest), dim=-1) if rest.shape[-1] else part
+        return shifted
 
     def _turn(
         self, keys: Tensor, positions: Tensor, last_position: int | None, *, inverse: bool
@@ -119,18 +127,12 @@ class KeyRotation:
             if inverse:
                 scale = cos.square() + sin.square()  # not 1 where the model scales attention
                 cos, sin = cos / scale, -sin / scale
-            self._apply_to(turned, keys, indices, cos, sin)
+            width = cos.shape[-1]
+            # [layers, heads, n, rotary_dim]: the layout the architecture's function expects
+            part = keys[indices].transpose(1, 2)[..., :width]
+            part = self._apply(part, part, cos, sin)[1]
+            turned[indices, ..., :width] = part.transpose(1, 2).to(keys.dtype)
         return turned
-
-    def _apply_to(
-        self, turned: Tensor, keys: Tensor, indices: list[int], cos: Tensor, sin: Tensor
-    ) -> None:
-        """Writes the rotated keys of some layers to ``turned``."""
-        width = cos.shape[-1]
-        # [layers, heads, n, rotary_dim]: the layout the architecture's function expects
-        part = keys[indices].transpose(1, 2)[..., :width]
-        part = self._apply(part, part, cos, sin)[1]
-        turned[indices, ..., :width] = part.transpose(1, 2).to(keys.dtype)
 
     def _cos_sin(
         self, keys: Tensor, positions: Tensor, last_position: int | None, layer_type: str

@@ -14,6 +14,7 @@ from megacontext.errors import MegaContextError, MemoryMismatchError
 from megacontext.lensnet import LensNet, LensNetConfig
 from megacontext.memory import KeyIndexConfig, Memory
 from megacontext.memory.identity import GistDtype
+from megacontext.memory.resident import LEAST_RESIDENT_MB, MOST_RESIDENT_MB
 from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.bulk_ingest import IngestConfig
 from megacontext.runtime.companions import load_gistnet, load_lens
@@ -37,6 +38,8 @@ class SessionConfig(FrozenConfig):
         gist_dtype: number format of a new memory's gists: ``fp16``, the default, ``bf16`` or
             ``int8``. For one that exists it is the memory's own; another one is refused, but by
             ``regist``, which converts.
+        resident_mb: most MiB of a memory's mapped files that stay in RAM; ``None``: as the system
+            likes. A search reads what was given back once more.
         lens: folder of a LensNet checkpoint, or ``none``. If not given, the one bundled with the
             model, if it fits the gists; policy ``lens`` without any starts untrained.
         policy: focus policy; ``auto``: ``lens`` where there is a LensNet, else ``lexical``.
@@ -51,6 +54,7 @@ class SessionConfig(FrozenConfig):
     device: str = "cpu"
     gistnet: str | Path | None = None
     gist_dtype: GistDtype | None = None
+    resident_mb: int | None = Field(default=None, ge=LEAST_RESIDENT_MB, le=MOST_RESIDENT_MB)
     lens: str | Path | None = None
     policy: PolicyName = "auto"
     engine: EngineConfig = EngineConfig()
@@ -65,8 +69,8 @@ class DecodeConfig(FrozenConfig):
     Attributes:
         max_new_tokens: most tokens of an answer.
         stop: text that ends an answer.
-        look_again: text behind which the focus looks again while an answer is written; empty:
-            after every block only.
+        look_again: text behind which the focus looks again while an answer is written; empty: what
+            was found for the question holds.
         seed: of the sampler.
     """
 
@@ -116,7 +120,8 @@ class Session:
         identity = Engine.identity(self.base, self.gistnet, self.lens)
         if self.config.gist_dtype is not None:
             identity = replace(identity, gist_dtype=self.config.gist_dtype)
-        return self._engine_or_close(Memory.create(path, identity))
+        made = Memory.create(path, identity, resident_mb=self.config.resident_mb)
+        return self._engine_or_close(made)
 
     def open(self, path: Path, *, writable: bool) -> Engine:
         """Opens a memory made for these models.
@@ -126,7 +131,9 @@ class Session:
             ConfigError, CheckpointError: the session's models and sizes do not fit together.
         """
         expect = Engine.identity(self.base, self.gistnet, self.lens)
-        engine = self._engine_or_close(Memory.open(path, "a" if writable else "r", expect=expect))
+        mode, limit = ("a" if writable else "r"), self.config.resident_mb
+        opened = Memory.open(path, mode, expect=expect, resident_mb=limit)
+        engine = self._engine_or_close(opened)
         have, wanted = engine.memory.identity.gist_dtype, self.config.gist_dtype
         if wanted not in (None, have):
             engine.memory.close()

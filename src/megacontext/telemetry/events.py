@@ -95,6 +95,7 @@ class RefocusEvent(_Event):
     cost: Count = Field(description="token-equivalents of the new working context")
     budget: Count
     recomputed: Count = Field(description="positions whose keys and values were computed anew")
+    kv: str | None = Field(default=None, description="KV mode: exact or incremental")
     reason: str
     ms: Milliseconds
 

@@ -138,6 +138,7 @@ class Telemetry:
         recomputed: int,
         reason: str,
         ms: float,
+        kv: str | None = None,
     ) -> None:
         """Emits a :class:`RefocusEvent`."""
         self._emit(
@@ -153,6 +154,7 @@ class Telemetry:
             recomputed=recomputed,
             reason=reason,
             ms=ms,
+            kv=kv,
         )
 
     def decode(

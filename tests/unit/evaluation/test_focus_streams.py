@@ -39,7 +39,8 @@ def test_a_stream_predicts_block_by_block_what_an_engine_predicts(models, noise,
     assert len(streamed.nll) == len(streamed.swap_rates) == len(streamed.chosen_rates) == 4
     # Recency asks for nothing: what it edits makes room.
     assert streamed.chosen_rates == [0.0] * 4
-    assert all(rate > 0 for rate in streamed.swap_rates)
+    # Room is made for several blocks at once, so not before every block.
+    assert any(rate > 0 for rate in streamed.swap_rates)
 
 
 def test_the_oracle_predicts_no_worse_and_chooses_edits(models, noise, tmp_path):

@@ -18,6 +18,8 @@ SETUP = {
     "dtype": "float32",
     "budget": 1024,
     "tail_tokens": 256,
+    "asked_tail_tokens": 64,
+    "positions": "gists_first",
     "policy": "lexical",
     "gistnet": "aaaa",
     "lens": "none",

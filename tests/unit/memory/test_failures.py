@@ -7,6 +7,8 @@ import os
 import sqlite3
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 from megacontext.errors import MemoryStoreError, StorageFullError
 from megacontext.memory import Memory, Source
 from megacontext.memory.catalog import Catalog
+from megacontext.memory.ctx_file import CtxFile
 
 CALLS = ("pwrite", "fsync", "open")
 
@@ -27,10 +30,13 @@ class FailingDisk:
         self.fail_at = fail_at
         self.failed = False
         real = getattr(os, name)
+        counting = threading.Lock()  # files are synced at the same time
 
         def call(*args, **kwargs):
-            self.calls += 1
-            if self.calls != fail_at:
+            with counting:
+                self.calls += 1
+                here = self.calls == fail_at
+            if not here:
                 return real(*args, **kwargs)
             self.failed = True
             if name == "pwrite":
@@ -84,6 +90,32 @@ def disk_holds(memory, batch, source, disk, error) -> bool:
     # The last call notes the commit; it stands without the note.
     assert not disk.failed or disk.calls == disk.fail_at
     return True
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_every_file_is_synced_where_no_thread_can_be_had(make, monkeypatch, threads):
+    feeder = make()
+    feeder.append(60, block_texts=["old"] * 15)
+    synced, begun, submit, sync = [], [], ThreadPoolExecutor.submit, CtxFile.fsync
+
+    def fsync(file):
+        synced.append(file.path.name)
+        sync(file)
+
+    def refuse(pool, *work):
+        if len(begun) == threads:
+            raise RuntimeError("can't start new thread")
+        begun.append(work)
+        return submit(pool, *work)
+
+    monkeypatch.setattr(CtxFile, "fsync", fsync)
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", refuse)
+    feeder.append(4, block_texts=["new"])
+    grown = {f"{kind}L{level}.ctx" for level in (1, 2, 3) for kind in ("", "fidelity.", "keys.")}
+    assert sorted(synced) == sorted(grown | {"L0.ctx"})
+    assert len(begun) == threads
+    feeder.check()
+    assert feeder.memory.verify().ok
 
 
 @pytest.mark.parametrize("name", CALLS)

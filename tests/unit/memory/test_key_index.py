@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megacontext.errors import InputError
-from megacontext.memory import KeyIndex, KeyIndexConfig, Memory, key_search
+from megacontext.memory import KeyIndex, KeyIndexConfig, Memory, key_index
 from megacontext.memory.exchange import remove_memory
 from megacontext.memory.key_index_file import INDEX_NAME, load_lists
 from megacontext.memory.key_lists import KeyLists, find_faiss, list_count
@@ -82,7 +82,7 @@ def untrained(*_):
 
 def test_without_faiss_all_keys_are_compared(feed, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    monkeypatch.setattr(key_search, "KEYS_PER_CHUNK", 37)
+    monkeypatch.setattr(key_index, "KEYS_PER_CHUNK", 37)
     memory = feed().memory
     index = KeyIndex(memory, ALL)
     assert agrees(memory, index)
@@ -92,7 +92,7 @@ def test_without_faiss_all_keys_are_compared(feed, monkeypatch):
 
 
 def test_keys_are_read_in_bounded_chunks(feed, monkeypatch):
-    monkeypatch.setattr(key_search, "KEYS_PER_CHUNK", 16)
+    monkeypatch.setattr(key_index, "KEYS_PER_CHUNK", 16)
     memory = feed(100).memory
     asked, sizes = queries(), []
 
@@ -106,7 +106,7 @@ def test_keys_are_read_in_bounded_chunks(feed, monkeypatch):
 
 
 def test_of_equal_keys_the_newest_are_found(feed, monkeypatch):
-    monkeypatch.setattr(key_search, "KEYS_PER_CHUNK", 16)
+    monkeypatch.setattr(key_index, "KEYS_PER_CHUNK", 16)
     memory = feed(50).memory
     levels = torch.zeros(50)
     levels[[3, 20]] = 1.0

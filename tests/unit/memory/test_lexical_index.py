@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megacontext.errors import InputError
+from megacontext.memory import Memory
 
 
 def index(make, texts):
@@ -123,6 +124,62 @@ def test_counts_follow_every_commit(make):
     before = feeder.memory.term_weights(["pear"])["pear"]
     feeder.append(40, block_texts=["fig"] * 10)
     assert feeder.memory.term_weights(["pear"])["pear"] > before
+
+
+@pytest.fixture
+def counted_anew():
+    """Lists the statements with which a memory counts the blocks of a term."""
+    said: list[str] = []
+
+    def watch(memory):
+        memory._catalog._connection.set_trace_callback(
+            lambda statement: said.append(statement) if "block_terms" in statement else None
+        )
+        return said
+
+    return watch
+
+
+def test_counts_are_carried_over_a_commit_of_this_process(make, counted_anew):
+    feeder = make()
+    feeder.append(8, block_texts=["pear", "pear fig"])
+    feeder.memory.term_weights(["pear", "fig", "plum"])
+    said = counted_anew(feeder.memory)
+    feeder.append(12, block_texts=["pears pear", "plum", "kiwi"])
+    feeder.append(6, block_texts=["pear"])
+    feeder.append(2)
+    weights = feeder.memory.term_weights(["pear", "fig", "plum"])
+    assert said == []
+    counts = {"pear": 4, "fig": 1, "plum": 1}
+    expected = {word: math.log(1 + (7 - n + 0.5) / (n + 0.5)) for word, n in counts.items()}
+    assert weights == pytest.approx(expected)
+    feeder.memory.term_weights(["kiwi"])
+    assert len(said) == 1
+
+
+def test_commits_of_another_process_are_counted_anew(make, counted_anew):
+    feeder = make()
+    feeder.append(8, block_texts=["pear", "fig"])
+    with Memory.open(feeder.memory.path) as reader:
+        before = reader.term_weights(["pear"])
+        said = counted_anew(reader)
+        feeder.append(8, block_texts=["pear", "pear"])
+        assert reader.term_weights(["pear"]) == before
+        assert said == []
+        assert reader.refresh()
+        assert reader.term_weights(["pear"]) == feeder.memory.term_weights(["pear"]) != before
+        assert len(said) == 1
+
+
+def test_only_so_many_counts_are_kept(make, monkeypatch):
+    monkeypatch.setattr("megacontext.memory.lexical_index._MOST_COUNTS", 3)
+    memory = index(make, ["pear fig", "pear", "pear plum", "kiwi"])
+    weights = memory.term_weights(["pear", "fig", "plum", "kiwi", "unheard"])
+    assert len(memory._catalog.lexical._frequencies) == 2
+    assert (
+        weights["fig"] == weights["plum"] == weights["kiwi"] == pytest.approx(math.log(1 + 7 / 3))
+    )
+    assert memory.term_weights(["pear"])["pear"] == weights["pear"]
 
 
 def test_term_weights_fall_with_frequency(make):

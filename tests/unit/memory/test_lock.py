@@ -66,6 +66,41 @@ def test_the_lock_of_a_killed_process_is_taken_over(make):
             assert json.loads((other / "lock").read_text())["pid"] == os.getpid()
 
 
+def test_of_many_that_want_a_stale_lock_one_gets_it(make):
+    memory = make().memory
+    memory.close()
+    with hold(memory.path) as process:
+        process.kill()
+    told, tell = os.pipe()
+    wait, go = os.pipe()
+    children = []
+    for _ in range(8):
+        if not (child := os.fork()):
+            os.close(go)
+            os.read(wait, 1)
+            try:
+                WriterLock.acquire(memory.path)
+                os.write(tell, b"1")
+                signal.pause()
+            except MemoryLockedError:
+                os.write(tell, b"0")
+            finally:
+                os._exit(0)
+        children.append(child)
+    os.close(wait)
+    os.close(go)
+    answers = b"".join(os.read(told, 1) for _ in children)
+    with pytest.raises(MemoryLockedError, match="process"):
+        WriterLock.acquire(memory.path)
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    os.close(told)
+    os.close(tell)
+    assert sorted(answers) == sorted(b"00000001")
+    WriterLock.acquire(memory.path).release()
+
+
 def test_an_unreadable_owner_does_not_hide_the_lock(tmp_path):
     lock = WriterLock.acquire(tmp_path)
     for content in (

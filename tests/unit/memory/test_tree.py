@@ -50,6 +50,19 @@ def test_single_gists_are_those_of_the_whole_level(make, dtype):
             feeder.memory.gists_at(level, torch.tensor([wrong]))
 
 
+def test_single_tokens_are_those_of_the_history(make):
+    feeder = make()
+    feeder.append(40)
+    index = torch.tensor([39, 0, 39, 7])
+    found = feeder.memory.tokens_at(index)
+    assert found.dtype == torch.int32
+    assert torch.equal(found, feeder.memory.tokens()[index])
+    assert feeder.memory.tokens_at(index[:0]).shape == (0,)
+    for wrong in (40, -1):
+        with pytest.raises(InputError, match="no such tokens"):
+            feeder.memory.tokens_at(torch.tensor([wrong]))
+
+
 def test_sizes_are_those_of_the_files(make):
     feeder = make(gist_dtype="int8")
     feeder.append(40)

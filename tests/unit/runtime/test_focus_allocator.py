@@ -45,7 +45,8 @@ def scores(
 
 
 def allocator(**changes: object) -> FocusAllocator:
-    return FocusAllocator(AllocatorConfig.parse({"headroom": 0, "cooldown": 0} | changes))
+    still = {"headroom": 0, "cooldown": 0, "spare_share": 0}
+    return FocusAllocator(AllocatorConfig.parse(still | changes))
 
 
 def summary(plan: FocusPlan) -> list[tuple[str, str, int, int]]:
@@ -227,6 +228,36 @@ def test_room_spares_what_was_just_opened_among_equals():
     assert room.state is plan.state
 
 
+def test_where_there_is_need_more_room_is_made_than_needed():
+    context = window(reveal=(3, 10, 40))
+    full = replace(context, budget=context.cost)
+    sparing = allocator(spare_share=0.2)  # 7 of 36 token-equivalents
+    assert sparing.plan(full, FocusScores.unknown(len(full)), START).edits == ()
+    grown = full.extend(1)
+    for config, starts in ((allocator(), [12]), (sparing, [12, 40, 160])):
+        plan = config.plan(grown, FocusScores.unknown(len(grown)), START)
+        assert [(edit.reason, edit.start) for edit in plan.edits] == [("room", s) for s in starts]
+    assert full.budget - plan.context.cost >= 7
+    # That room lasts for a while.
+    later = plan.context.extend(7)
+    assert sparing.plan(later, FocusScores.unknown(len(later)), START).edits == ()
+
+
+def test_nothing_of_worth_collapses_for_room_to_spare():
+    context = window(reveal=(3, 10, 40))
+    full = replace(context, budget=context.cost).extend(1)
+    sparing = allocator(spare_share=0.5)
+    plan = sparing.plan(full, scores(full, keep={160: 0.5}), START)
+    assert level_of_block(plan.context, 40) == 0
+    assert plan.context.free < 18, "all else is as coarse as it can be"
+    harmful = sparing.plan(full, scores(full, keep={160: -0.5}), START)
+    assert harmful.edits[0].start == 160
+    # For need it does, and for no more than that.
+    everything = dict.fromkeys(full.starts.tolist(), 0.5)
+    plan = sparing.plan(full, scores(full, keep=everything), START)
+    assert summary(plan) == [("collapse", "room", 1, 12)]
+
+
 def test_reserve_and_headroom_are_kept_free():
     context = window(reveal=(3, 40), budget=40)
     assert context.cost == 30
@@ -386,6 +417,8 @@ def test_a_broken_context_is_refused():
         {"move_budget": 0},
         {"expand_threshold": float("inf")},
         {"competition": "random"},
+        {"spare_share": -0.1},
+        {"spare_share": 0.6},
         {"max_edit": 3},
     ],
 )

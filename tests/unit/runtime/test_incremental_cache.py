@@ -87,7 +87,9 @@ class TestCarry:
         base = tiny_base_model("llama-yarn", dtype=torch.bfloat16)
         keys = torch.randn(base.n_layers, 20, base.n_kv_heads, base.head_dim).bfloat16()
         at = torch.arange(20)
-        moved = base.rotation.shift(keys, at, at + 7)
+        layers = [layer.transpose(0, 1)[None] for layer in keys]
+        layers = base.rotation.shift(layers, at, at + 7)
+        moved = torch.stack([layer[0].transpose(0, 1) for layer in layers])
         expected = base.rotation.rotate(base.rotation.unrotate(keys.float(), at), at + 7)
         assert (moved.float() - expected).abs().max() < 2e-2
         assert moved.dtype == torch.bfloat16

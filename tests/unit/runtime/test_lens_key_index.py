@@ -46,8 +46,8 @@ def test_the_most_relevant_blocks_are_proposed(base, tmp_path, interaction):
         keys = memory.keys(1, 0, view.n_proposable)
         best = lens.relevance(asked, keys)[0].topk(5)
         for policy in (
-            LensPolicy(lens, proposals=5),
-            LensPolicy(lens, proposals=5, key_index=SETTINGS),
+            LensPolicy(lens, candidates=5),
+            LensPolicy(lens, candidates=5, key_index=SETTINGS),
         ):
             blocks, relevance = policy._by_keys(view, tail)
             assert blocks.tolist() == best.indices.tolist()

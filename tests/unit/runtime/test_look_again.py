@@ -54,13 +54,18 @@ def letters(base, ids):
     return texts[plain[2]], texts[pairs[0]] + texts[pairs[0] + 1]
 
 
-def looks(base, ids, mark):
-    """How many tokens were written at each look: none, every block, and behind the mark."""
+def notes(base, ids, mark):
+    """How many tokens were written where something new is looked for: none, or up to the mark."""
     return [
         count
         for count in range(len(ids))
-        if count % K == 0 or (mark and base.decode(ids[:count]).endswith(mark))
+        if not count or (mark and base.decode(ids[:count]).endswith(mark))
     ]
+
+
+def looks(base, ids, mark):
+    """How many tokens were written at each look: those, and every block."""
+    return sorted({*notes(base, ids, mark), *range(0, len(ids), K)})
 
 
 @pytest.mark.parametrize("remember", [False, True])
@@ -73,11 +78,12 @@ def test_the_query_holds_what_was_written(base, remember, which, tmp_path):
     ids = written(engine, query=ASKED, look_again=mark, remember=remember)
     if not remember:
         assert ids == plain, "looking changes nothing where nothing is edited"
-    places = looks(base, ids, mark)
+    places = notes(base, ids, mark)
     assert len(places) > 2 or which == "none"
     asked = base.encode(ASKED).tolist()
     assert engine.focus.policy.queries == [asked + ids[:count] for count in places]
-    assert [record.round for record in engine.focus.records] == list(range(1, len(places) + 1))
+    rounds = [record.round for record in engine.focus.records]
+    assert rounds == list(range(1, len(looks(base, ids, mark)) + 1))
 
 
 def test_without_a_query_the_newest_tokens_ask(base, tmp_path):
@@ -89,6 +95,58 @@ def test_without_a_query_the_newest_tokens_ask(base, tmp_path):
     ids = written(engine, look_again=mark)
     expected = [(prompt + ids[:count])[-12:] for count in looks(base, ids, mark)]
     assert engine.focus.policy.queries == expected
+
+
+class Finding(Logging):
+    """Finds one old block for whatever is asked first, and another one ever after."""
+
+    first, later = 3, 9
+
+    def score(self, view):
+        unknown = super().score(view)
+        block = self.first if len(self.queries) == 1 else self.later
+        if int(view.context.levels[view.context.index_of(block * K)]) == 0:
+            return unknown
+        return replace(
+            unknown, proposal_blocks=torch.tensor([block]), proposal_utility=torch.tensor([5.0])
+        )
+
+
+def raw_blocks(record):
+    return {start // K for level, start, _ in record.spans.tolist() if level == 0}
+
+
+@pytest.mark.parametrize("query", [ASKED, ""])
+def test_what_was_found_for_a_question_holds_until_something_is_noted(base, query, tmp_path):
+    """Also where room must be made, for which the oldest detail would go first."""
+    engine = engine_of(
+        base,
+        tmp_path,
+        Finding(),
+        refocus_rounds=1,
+        query_tokens=N_TOKENS + K,
+        tail_tokens=0,
+        allocator={"cooldown": 0},
+    )
+    prompt = "\n" + "who? " * 12
+    tokens = list(
+        engine.generate(
+            prompt, query=query, remember=True, max_new_tokens=N_TOKENS + K, eos_token_id=()
+        )
+    )
+    policy, records = engine.focus.policy, list(engine.focus.records)
+    assert len(policy.queries) == 1, "nothing new is asked"
+    assert len({token.round for token in tokens}) == len(records) == 3
+    assert all(policy.first in raw_blocks(record) for record in records)
+    assert all(record.proposals == () for record in records[1:])
+    assert any(edit.reason == "room" for record in records[1:] for edit in record.edits)
+
+
+def test_a_text_that_goes_on_asks_again_at_every_block(base, tmp_path):
+    """Once the prompt lies further back than what asks."""
+    engine = engine_of(base, tmp_path, Finding(), refocus_rounds=1, query_tokens=K)
+    written(engine, "\n" + "who? " * 12, remember=True)
+    assert len(engine.focus.policy.queries) == len(engine.focus.records) == 2
 
 
 def test_what_was_written_leads_to_the_next_place(base, tmp_path):

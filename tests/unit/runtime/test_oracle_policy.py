@@ -77,7 +77,7 @@ def test_bm25_adds_candidates(base, tmp_path):
 
 def test_it_beats_chance_on_its_own_measure(base, engine):
     """Following the oracle lowers the NLL it measured, by what it said."""
-    future, pending = base.encode("blue"), base.encode("where? ")
+    future, pending = base.encode("barn"), base.encode("where? ")
     engine.focus.policy = OraclePolicy(future, hints=range(15))
     before = nll(engine, engine.context, pending, future)
     plan = engine.focus.refocus(pending, reserve=len(pending))

@@ -11,6 +11,7 @@ from megacontext.errors import ConfigError
 from megacontext.runtime.reading import (
     ExactReading,
     IncrementalReading,
+    kv_mode,
     new_reading,
     require_rotation,
 )
@@ -145,6 +146,21 @@ def test_absolute_positions_are_refused():
     with pytest.raises(ConfigError, match="keys of tiny-gpt2 cannot be moved"):
         require_rotation(tiny_base_model("gpt2"))
     require_rotation(tiny_base_model("llama"))
+
+
+def test_auto_is_incremental_where_the_keys_can_be_moved(tmp_path):
+    for architecture, mode in (("llama", "incremental"), ("gpt2", "exact")):
+        base = tiny_base_model(architecture, max_positions=256)
+        assert kv_mode("auto", base) == mode
+        assert kv_mode("exact", base) == "exact"
+        own = config()
+        assert own.kv == "auto"
+        engine = new_engine(tmp_path, base, config=own, name=architecture)
+        assert engine.state().kv == engine.focus.kv == mode
+        kind = IncrementalReading if mode == "incremental" else ExactReading
+        assert isinstance(engine.new_reading(), kind)
+    with pytest.raises(ConfigError, match="set kv to 'exact'"):
+        kv_mode("incremental", tiny_base_model("gpt2"))
 
 
 def test_no_other_mode():

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from megacontext.evaluation.baselines.rival import Span, joined
-from megacontext.runtime.context_input import ContextInput
 from megacontext.runtime.context_reader import ContextReader
 from megacontext.runtime.engine import Engine
+from megacontext.runtime.row_layout import RowLayout
 from megacontext.runtime.working_context import WorkingContext
 
 
@@ -33,11 +33,11 @@ class WatchedReader(ContextReader):
         """The next context is the first."""
         self.first = None
 
-    def read(self, context: WorkingContext, pending: Tensor, *, ahead: int = 0) -> ContextInput:
-        """See :meth:`ContextReader.read`."""
+    def layout(self, context: WorkingContext, n_pending: int, *, ahead: int = 0) -> RowLayout:
+        """See :meth:`ContextReader.layout`, which every reading begins with."""
         if self.first is None:
             self.first = context
-        return super().read(context, pending, ahead=ahead)
+        return super().layout(context, n_pending, ahead=ahead)
 
 
 class EngineRival:

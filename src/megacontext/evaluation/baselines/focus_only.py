@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
-from torch import Tensor
 
 from megacontext.evaluation.baselines.engine_rival import EngineRival, WatchedReader
-from megacontext.runtime.context_input import ContextInput
 from megacontext.runtime.context_reader import ContextReader
 from megacontext.runtime.engine import Engine
+from megacontext.runtime.row_layout import RowLayout
 from megacontext.runtime.working_context import WorkingContext
 
 
 class RawReader(WatchedReader):
     """Reads the raw blocks of a working context, at packed positions, and leaves gists out."""
 
-    def read(self, context: WorkingContext, pending: Tensor, *, ahead: int = 0) -> ContextInput:
-        """The raw blocks followed by ``pending``; see :meth:`ContextReader.read`."""
-        if self.first is None:
-            self.first = context
-        spans = context.spans()[context.levels == 0, 1:].tolist()
-        parts = [self.memory.tokens(start, end).long() for start, end in spans]
-        rows = self.base.embed(torch.cat((*parts, pending.long())))
-        return ContextInput(rows, torch.arange(len(rows), device=rows.device))
+    def layout(self, context: WorkingContext, n_pending: int, *, ahead: int = 0) -> RowLayout:
+        """The raw rows of :meth:`ContextReader.layout`, as if there were no others."""
+        rows = super().layout(context, n_pending, ahead=ahead)
+        raw = rows[rows.levels == 0]
+        return replace(raw, positions=torch.arange(len(raw)))
 
 
 class FocusOnly(EngineRival):

@@ -20,7 +20,8 @@ def base(request):
 @pytest.fixture
 def habits():
     """Budget 192, a tail of one block of 32 tokens."""
-    return RivalsConfig(engine=config())
+    # Exact, since tests watch what the base reads at once.
+    return RivalsConfig(engine=config(kv="exact"))
 
 
 @pytest.fixture
