@@ -18,16 +18,18 @@ class PocResultsConfig(FrozenConfig):
     Attributes:
         results: what ``megacontext bench proof --json FILE`` wrote.
         output: the page. Pictures go into a folder of its name beside it.
+        title: its heading.
     """
 
     results: Path = Path("runs/proof.json")
     output: Path = Path("docs/poc_results.md")
+    title: str = "The proof, measured"
 
 
 def run(config: PocResultsConfig) -> dict[str, Any]:
     """Writes page and pictures, and names them."""
     line = ProofLine.read(config.results)
-    page, *pictures = write_report(line, config.output, config.output.with_suffix(""))
+    page, *pictures = write_report(line, config.output, config.output.with_suffix(""), config.title)
     return {"page": str(page), "pictures": [str(path) for path in pictures]}
 
 

@@ -115,11 +115,13 @@ def asked_of(cell: Cell, config: ProofSuiteConfig) -> dict[str, int]:
 
     The heat map is MegaContext's alone, and the oracle is left out where it has nothing to tell.
     """
+    far = cell.length in config.far_lengths and cell.length not in config.lengths
     names = [
         name
         for name in config.names
         if (cell.family != "niah_depth" or name == MAIN)
         and (cell.task not in COUNTING or name != "oracle")
+        and (not far or not config.far_rivals or name in config.far_rivals)
     ]
     most = config.readers_recall_up_to if cell.family == "recall" else config.readers_up_to
     too_long = tokens_of(cell.length) > tokens_of(most)

@@ -96,6 +96,7 @@ class ProofSuiteConfig(FrozenConfig):
         asked: questions about one history of a recall task; ``corrections`` has one.
         lengths: of histories.
         far_lengths: longer ones, for ``qa1`` alone.
+        far_rivals: who is asked about these; everybody if empty.
         questions: in every cell.
         questions_at: the number at lengths that have another one, such as ``{1m: 25}``: taking in
             long histories takes long.
@@ -138,6 +139,7 @@ class ProofSuiteConfig(FrozenConfig):
     asked: int = Field(default=2, ge=1)
     lengths: tuple[Length, ...] = ("4k", "16k", "64k", "128k", "1m")
     far_lengths: tuple[Length, ...] = ("10m",)
+    far_rivals: tuple[str, ...] = ()
     questions: int = Field(default=100, ge=1)
     questions_at: dict[Length, Annotated[int, Field(ge=1)]] = Field(default={})
     depths: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -150,6 +152,7 @@ class ProofSuiteConfig(FrozenConfig):
     @field_validator(
         "rivals",
         "slow_rivals",
+        "far_rivals",
         "readers",
         "babilong",
         "ruler",
@@ -165,7 +168,7 @@ class ProofSuiteConfig(FrozenConfig):
 
     @model_validator(mode="after")
     def _known_and_possible(self) -> Self:
-        for name in (*self.rivals, *self.slow_rivals, *self.readers):
+        for name in (*self.rivals, *self.slow_rivals, *self.far_rivals, *self.readers):
             if name not in RIVALS:
                 raise ValueError(f"unknown rival {name!r}; known are {', '.join(RIVALS)}")
         if self.asked > self.facts:

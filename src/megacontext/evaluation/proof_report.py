@@ -25,13 +25,16 @@ _TITLES = {"babilong": "BABILong", "ruler": "RULER", "recall": "Planted facts"}
 _NOTHING = "–"
 
 
-def write_report(line: ProofLine, page: Path, pictures: Path) -> list[Path]:
+def write_report(
+    line: ProofLine, page: Path, pictures: Path, title: str = "The proof, measured"
+) -> list[Path]:
     """Writes a Markdown page and its pictures.
 
     Args:
         line: the results.
         page: the page; its folder is made where missing.
         pictures: folder of the pictures.
+        title: of the page.
 
     Returns:
         The files written.
@@ -44,12 +47,11 @@ def write_report(line: ProofLine, page: Path, pictures: Path) -> list[Path]:
     links = {
         name: Path(os.path.relpath(path, page.parent)).as_posix() for name, path in drawn.items()
     }
-    page.write_text("\n".join([*_page(line, links), ""]), encoding="utf-8")
+    page.write_text("\n".join([f"# {title}", *_page(line, links), ""]), encoding="utf-8")
     return [page, *drawn.values()]
 
 
 def _page(line: ProofLine, links: dict[str, str]) -> Iterator[str]:
-    yield "# The proof, measured"
     yield ""
     yield "Made from the JSON line of the command below; do not edit by hand."
     yield ""
@@ -99,6 +101,8 @@ def _how(line: ProofLine) -> Iterator[str]:
 
 
 def _to_be_shown(line: ProofLine) -> Iterator[str]:
+    if not any(name in line.results for name, *_ in _BARS):
+        return
     yield from _heading("What was to be shown")
     rows: list[list[str]] = []
     for name, bar, aim in _BARS:

@@ -31,7 +31,8 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def session(model):
-    engine = EngineConfig(budget=BUDGET, tail_tokens=32, query_tokens=24)
+    # Exact, since tests count the rows that are read at once.
+    engine = EngineConfig(budget=BUDGET, tail_tokens=32, query_tokens=24, kv="exact")
     with Session(SessionConfig(model=str(model), engine=engine)) as session:
         yield session
 

@@ -84,6 +84,19 @@ def test_a_length_may_have_fewer_questions():
         read("questions_at={1m: 0}")
 
 
+def test_far_rivals_alone_are_asked_about_far_lengths():
+    config = ProofSuiteConfig.parse(
+        {
+            "rivals": "window,bm25,megacontext",
+            "lengths": "1m",
+            "far_lengths": "1m,10m",
+            "far_rivals": "window,megacontext",
+        }
+    )
+    assert set(asked_of(Cell("babilong", "qa1", "10m", 5), config)) == {"window", "megacontext"}
+    assert set(asked_of(Cell("babilong", "qa1", "1m", 5), config)) == set(config.rivals)
+
+
 def test_slow_rivals_are_asked_less_and_readers_up_to_a_length():
     config = read("rivals=window,megacontext,oracle,own_keys")
     window_and_ours = {"window": 100, "megacontext": 100, "oracle": 20}
