@@ -73,7 +73,8 @@ def test_raw_rows_gists_prompt_and_reserve_fit_the_budget(watched, memory, data)
     cursor = data.draw(st.integers(1, 1390), label="cursor")
     horizon = data.draw(st.integers(1, 10), label="horizon")
     share = data.draw(st.sampled_from([0.01, 0.25, 1.0]), label="recent share")
-    habits = RivalsConfig(engine=config(budget=budget), recent_share=share)
+    # Exact: what is read at once is counted.
+    habits = RivalsConfig(engine=config(budget=budget, kv="exact"), recent_share=share)
     for rival in rivals(NAMES, watched.base, memory, config=habits):
         if isinstance(rival, Informed):
             rival.inform("iris", [(64, 80)])
