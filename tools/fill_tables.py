@@ -11,6 +11,7 @@ from typing import Any
 
 from megacontext.config import FrozenConfig
 from megacontext.errors import DataError
+from megacontext.evaluation.markdown_table import table_lines
 from tools._entry import tool_main
 
 Results = Mapping[str, Mapping[str, Any]]
@@ -84,11 +85,10 @@ def _filled(text: str, name: str, table: Table, results: Mapping[str, Results]) 
     def value(match: re.Match[str]) -> str:
         return _value(results, match["file"], match["name"], match["form"] or "2")
 
-    rows = [table.head, ("---",) * len(table.head)]
-    rows += [tuple(_PLACE.sub(value, cell) for cell in row) for row in table.rows]
+    rows = [tuple(_PLACE.sub(value, cell) for cell in row) for row in table.rows]
     if any(len(row) != len(table.head) for row in rows):
         raise DataError(f"table {name!r}: every row needs {len(table.head)} cells, as the head has")
-    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines = table_lines(table.head, rows)
     return "\n".join([f"{before}{opening}", *lines, f"\n{closing}{after}"])
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from megacontext.evaluation.figures import svg_pyplot
 from megacontext.evaluation.focus_questions import FOCUS_KINDS
+from megacontext.evaluation.markdown_table import table_row
 
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -120,9 +121,15 @@ def _page(line: Mapping[str, Any], results: Results, picture: str) -> str:
     single = [name for name in results if name.startswith(("regret.", "nll.", "chosen_swap_rate."))]
     single += [name for name in results if name.startswith(("swap_rate.prose", "refocus_cost"))]
     if single:
-        lines += ["## Prose and cost", "", _row(["measure", "n", "value"]), _row(["---"] * 3)]
         lines += [
-            _row([f"`{name}`", str(results[name]["n"]), _cell(results[name])]) for name in single
+            "## Prose and cost",
+            "",
+            table_row(["measure", "n", "value"]),
+            table_row(["---"] * 3),
+        ]
+        lines += [
+            table_row([f"`{name}`", str(results[name]["n"]), _cell(results[name])])
+            for name in single
         ]
     return "\n".join([*lines, ""])
 
@@ -132,9 +139,9 @@ def _bars(results: Results) -> list[str]:
     found = [(name, bar) for name, bar in _BARS if name in results]
     if not found:
         return []
-    lines = ["## The lens", "", _row(["measure", "n", "value", "bar"]), _row(["---"] * 4)]
+    lines = ["## The lens", "", table_row(["measure", "n", "value", "bar"]), table_row(["---"] * 4)]
     for name, bar in found:
-        lines.append(_row([f"`{name}`", str(results[name]["n"]), _cell(results[name]), bar]))
+        lines.append(table_row([f"`{name}`", str(results[name]["n"]), _cell(results[name]), bar]))
     return [*lines, ""]
 
 
@@ -144,8 +151,8 @@ def _table(results: Results, measure: str, title: str) -> list[str]:
         return []
     head = ["questions", "tokens", "n", *policies]
     alone = measure == "accuracy"
-    lines = [f"## {title}", "", _row([*head, *(["in window"] if alone else [])])]
-    lines.append(_row(["---"] * (len(head) + alone)))
+    lines = [f"## {title}", "", table_row([*head, *(["in window"] if alone else [])])]
+    lines.append(table_row(["---"] * (len(head) + alone)))
     for kind in kinds:
         for length in lengths:
             row = [results.get(f"{measure}.{kind}.{length}.{policy}") for policy in policies]
@@ -153,12 +160,10 @@ def _table(results: Results, measure: str, title: str) -> list[str]:
             cells = [_cell(result) for result in row]
             if alone:
                 cells.append(_cell(results.get(f"accuracy.{kind}.in_window")))
-            lines.append(_row([_TITLES[kind] if kind != "none" else kind, length, str(n), *cells]))
+            lines.append(
+                table_row([_TITLES[kind] if kind != "none" else kind, length, str(n), *cells])
+            )
     return [*lines, ""]
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _cell(result: Mapping[str, Any] | None) -> str:

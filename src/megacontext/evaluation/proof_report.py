@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+from megacontext.evaluation.markdown_table import table_lines
 from megacontext.evaluation.proof_cells import COUNTING
 from megacontext.evaluation.proof_config import WINDOW
 from megacontext.evaluation.proof_line import ProofLine, Result
@@ -92,7 +92,7 @@ def _how(line: ProofLine) -> Iterator[str]:
         "machine": f"{setup['machine']}, {setup['cores']} cores, {setup['threads']} threads; "
         f"Python {setup['python']}, torch {setup['torch']}, transformers {setup['transformers']}",
     }
-    yield from _table(["set-up", ""], rows.items())
+    yield from table_lines(["set-up", ""], rows.items())
     yield ""
     yield "Every number stands with its 95 % interval: Wilson's for shares of right answers,"
     yield "percentile bootstrap for means. A dash means that nobody was asked; the last section"
@@ -113,7 +113,7 @@ def _to_be_shown(line: ProofLine) -> Iterator[str]:
         n = _NOTHING if result is None else str(result["n"])
         value = _cell(result, digits=4 if name.startswith("prose_nll_gain") else 2)
         rows.append([f"`{name}`", n, value, f"≥ {bar:g}", f"{aim:g}", reached])
-    yield from _table(["measure", "n", "value", "bar", "aim", "reached"], rows)
+    yield from table_lines(["measure", "n", "value", "bar", "aim", "reached"], rows)
 
 
 def _family(line: ProofLine, family: str, tasks: Sequence[str]) -> Iterator[str]:
@@ -135,7 +135,7 @@ def _lead(line: ProofLine) -> Iterator[str]:
     yield "the questions that both were asked. The name without a rival is the smallest lead."
     yield ""
     rows = [[f"`{name}`", str(result["n"]), _cell(result)] for name, result in leads.items()]
-    yield from _table(["measure", "n", "points"], rows)
+    yield from table_lines(["measure", "n", "points"], rows)
 
 
 def _stream(line: ProofLine, links: dict[str, str]) -> Iterator[str]:
@@ -152,7 +152,7 @@ def _stream(line: ProofLine, links: dict[str, str]) -> Iterator[str]:
         if loss is not None:
             gain = line.get(f"prose_nll_gain.{length}", rival)
             rows.append([rival, str(loss["n"]), _cell(loss), _cell(gain, digits=4)])
-    yield from _table(["rival", "blocks", "NLL", "gain"], rows)
+    yield from table_lines(["rival", "blocks", "NLL", "gain"], rows)
     yield from _picture(links, "nll", "NLL against position in the stream")
 
 
@@ -180,7 +180,7 @@ def _costs(line: ProofLine, links: dict[str, str]) -> Iterator[str]:
         for name in totals
         if name in line.results
     ]
-    yield from _table(["measure", "n", "value"], rows)
+    yield from table_lines(["measure", "n", "value"], rows)
     for name, text in (
         ("seconds_per_answer", "Seconds per answer, mean over all tasks:"),
         ("seconds_to_index", "Seconds in which a rival indexed a history for itself:"),
@@ -209,7 +209,7 @@ def _not_asked(line: ProofLine) -> Iterator[str]:
         rows.append((rival, f"refused in {len(cells)} cells, the first `{cell}`: {reason}"))
     if rows:
         yield from _heading("Who was not asked, or refused")
-        yield from _table(["rival", "why"], rows)
+        yield from table_lines(["rival", "why"], rows)
 
 
 def _by_rival(line: ProofLine, names: Sequence[tuple[str, str]]) -> Iterator[str]:
@@ -223,7 +223,7 @@ def _by_rival(line: ProofLine, names: Sequence[tuple[str, str]]) -> Iterator[str
     if not rows:
         return
     shown = [i for i in range(len(line.rivals)) if any(row[2][i] is not None for row in rows)]
-    yield from _table(
+    yield from table_lines(
         ["task", "length", "n", *(line.rivals[index] for index in shown)],
         (
             [title, length, _counts(results), *(_cell(results[index]) for index in shown)]
@@ -245,17 +245,6 @@ def _heading(text: str) -> Iterator[str]:
 def _picture(links: dict[str, str], name: str, text: str) -> Iterator[str]:
     if name in links:
         yield from ("", f"![{text}]({links[name]})")
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    yield _row(head)
-    yield _row(["---"] * len(head))
-    for row in rows:
-        yield _row(row)
-
-
-def _row(cells: Sequence[Any]) -> str:
-    return f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def _cell(result: Result | None, digits: int = 2) -> str:

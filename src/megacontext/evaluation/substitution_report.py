@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megacontext.evaluation.figures import svg_pyplot
+from megacontext.evaluation.markdown_table import table_row
 
 _COLUMNS = (
     ("ΔNLL", "delta_nll"),
@@ -77,24 +78,20 @@ def _page(line: Mapping[str, Any], results: Results, picture: str, horizon: int)
         "tokens as the gists have entries. `substitutable` is the share of windows whose",
         "degradation is at most 5 %.",
         "",
-        _row(["text", "spans", "n", *(title for title, _ in _COLUMNS)]),
-        _row(["---"] * (3 + len(_COLUMNS))),
+        table_row(["text", "spans", "n", *(title for title, _ in _COLUMNS)]),
+        table_row(["---"] * (3 + len(_COLUMNS))),
     ]
     for shape in _shapes(results, horizon):
         source, _, spans = shape.partition(".")
         cells = [_cell(results[f"{name}@{horizon}.{shape}"]) for _, name in _COLUMNS]
         n = results[f"degradation@{horizon}.{shape}"]["n"]
-        lines.append(_row([source, spans, str(n), *cells]))
-    lines += ["", "## The rest", "", _row(["measure", "n", "value"]), _row(["---"] * 3)]
+        lines.append(table_row([source, spans, str(n), *cells]))
+    lines += ["", "## The rest", "", table_row(["measure", "n", "value"]), table_row(["---"] * 3)]
     families = sorted(name for name in results if name.startswith("answers.gist."))
     for name in (*_SINGLE, *families):
         if name in results:
-            lines.append(_row([f"`{name}`", str(results[name]["n"]), _cell(results[name])]))
+            lines.append(table_row([f"`{name}`", str(results[name]["n"]), _cell(results[name])]))
     return "\n".join([*lines, ""])
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _cell(result: Mapping[str, Any]) -> str:
