@@ -13,6 +13,9 @@ from tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
 
 from megacontext.gistnet import GistNet, GistNetConfig
 from megacontext.memory import KeyIndex, KeyIndexConfig, Memory
+from megacontext.memory import tree as tree_module
+from megacontext.memory.resident import ResidentLimit
+from megacontext.runtime import repair as repair_module
 from tools._memory_script import describe
 
 STORY = "amber birch cobalt delta. The baker went to the river. "
@@ -126,6 +129,26 @@ def test_keys_and_their_index_are_made_anew(megacontext, tmp_path, damage):
         best = (query @ keys.T)[0].sort(descending=True).values[:half]
         scores = (query @ keys[found].T)[0].sort(descending=True).values
         torch.testing.assert_close(scores, best)
+
+
+def test_it_keeps_to_a_limit_to_what_stays_in_ram(megacontext, memory, model, monkeypatch):
+    kept = []
+
+    class Watched(ResidentLimit):
+        def announce(self, mapped, start, stop):
+            kept.append(id(self))
+            super().announce(mapped, start, stop)
+
+    for module in (tree_module, repair_module):
+        monkeypatch.setattr(module, "ResidentLimit", Watched)
+    (memory / "L1.ctx").unlink()
+    told = ("repair", memory, "--set", f"model={model}")
+    refused = megacontext(*told, "resident_mb=1")
+    assert refused.status == 2
+    assert "resident_mb" in refused.err
+    assert megacontext(*told, "resident_mb=16").status == 0
+    # The damaged memory's tokens, and the new memory.
+    assert len(set(kept)) == 2
 
 
 def test_nothing_is_done_to_a_whole_memory(megacontext, memory, model):

@@ -21,6 +21,7 @@ def run_forget(arguments: argparse.Namespace) -> int:
             session.gistnet,
             session.lens,
             lambda count, total: progress.update(task, completed=count, total=total),
+            resident_mb=session.config.resident_mb,
         )
     for copy in done.copies:
         sys.stderr.write(

@@ -92,6 +92,7 @@ def run_repair(arguments: argparse.Namespace) -> int:
             session.gistnet,
             session.lens,
             lambda count, total: progress.update(task, completed=count, total=total),
+            resident_mb=config.resident_mb,
         )
     for doubt in done.doubts:
         sys.stderr.write(f"megacontext: {doubt}\n")

@@ -13,6 +13,7 @@ from megacontext.memory.catalog_rows import FileRecord, Snapshot
 from megacontext.memory.ctx_file import CtxFile
 from megacontext.memory.file_set import check_chunk
 from megacontext.memory.identity import MemoryIdentity, SourceRecord
+from megacontext.memory.resident import ResidentLimit
 from megacontext.memory.verify import check_file
 
 
@@ -33,8 +34,12 @@ class Salvage:
     doubts: tuple[str, ...]
 
 
-def salvage(directory: Path) -> Salvage:
+def salvage(directory: Path, limit: ResidentLimit | None = None) -> Salvage:
     """Takes tokens and sources out of a memory whose other files may be damaged.
+
+    Args:
+        directory: the memory.
+        limit: to what stays in RAM of the tokens' map.
 
     Raises:
         CorruptMemoryError: the tokens are damaged, or nothing proves that they are not.
@@ -62,7 +67,7 @@ def salvage(directory: Path) -> Salvage:
         sources, lost = catalog.readable_sources(snapshot.n_tokens)
         if lost:
             doubts.append(f"{lost} sources cannot be read and are lost; their tokens are not")
-        tokens = CtxFile.open(directory / record.name, length=record.length)
+        tokens = CtxFile.open(directory / record.name, length=record.length, limit=limit)
         try:
             doubts += _extend(tokens, snapshot, note)
         except BaseException:

@@ -49,6 +49,8 @@ def forget(
     gistnet: GistNet,
     lens: LensNet | None = None,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    resident_mb: int | None = None,
 ) -> Forgotten:
     """Puts a memory without some of its sources in the place of the old one, which is removed.
 
@@ -65,6 +67,7 @@ def forget(
         gistnet: makes the gists, as it made the memory's.
         lens: makes the keys, as it made the memory's.
         progress: called with the tokens done so far and with all that stay.
+        resident_mb: most MiB of each memory's maps that stay in RAM, as of :meth:`.Memory.open`.
 
     Raises:
         InputError: the memory has no such source, or its directory holds a file that is no part of
@@ -80,7 +83,8 @@ def forget(
     lock = _lock(path)
     try:
         left = [remove_memory(rest) for rest in _left_over(path, growing)]
-        with Memory.open(path, expect=Engine.identity(base, gistnet, lens)) as old:
+        expect = Engine.identity(base, gistnet, lens)
+        with Memory.open(path, expect=expect, resident_mb=resident_mb) as old:
             gone = _named(old, sources, cleaned_up=any(left))
             if not gone:
                 return Forgotten((), old.n_tokens, _copies(path))
@@ -96,7 +100,8 @@ def forget(
                     offset=problem.offset,
                 )
             builder = GistBuilder(base, gistnet.to(base.device), lens)
-            n_tokens = _write(old, gone, growing, builder, progress)
+            fresh = Memory.create(growing, old.identity, resident_mb=resident_mb)
+            n_tokens = _write(old, gone, fresh, builder, progress)
         _replace(path, growing)
     finally:
         lock.release()
@@ -168,13 +173,12 @@ def _file_uri(name: str) -> str:
 def _write(
     old: Memory,
     gone: Sequence[SourceRecord],
-    growing: Path,
+    fresh: Memory,
     builder: GistBuilder,
     progress: Callable[[int, int], None] | None,
 ) -> int:
-    """Makes the new memory; returns its tokens. It is removed again if that fails."""
+    """Fills the new memory; returns its tokens. It is removed again if that fails."""
     total = old.n_tokens - sum(source.end - source.start for source in gone)
-    fresh = Memory.create(growing, old.identity)
     try:
         with fresh:
             ingestor = Ingestor(
@@ -191,7 +195,7 @@ def _write(
             for problem in fresh.verify().problems:
                 raise CorruptMemoryError(f"{problem}", path=problem.path)
     except BaseException:
-        shutil.rmtree(growing, ignore_errors=True)
+        shutil.rmtree(fresh.path, ignore_errors=True)
         raise
     return total
 

@@ -17,6 +17,7 @@ from megacontext.lensnet import LensNet
 from megacontext.memory import Memory, MemoryIdentity
 from megacontext.memory.lock import WriterLock
 from megacontext.memory.opening import check_openable, is_taken
+from megacontext.memory.resident import ResidentLimit
 from megacontext.memory.salvage import Salvage, salvage
 from megacontext.memory.storage_io import storing, sync_directory
 from megacontext.runtime.base_model import BaseModel
@@ -49,6 +50,8 @@ def repair(
     gistnet: GistNet,
     lens: LensNet | None = None,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    resident_mb: int | None = None,
 ) -> Repaired:
     """Puts a new memory with the same tokens and sources in the place of a damaged one.
 
@@ -61,6 +64,7 @@ def repair(
         gistnet: makes the gists; another one than before may do so.
         lens: makes the keys, if any.
         progress: called with the tokens done so far and with all of them.
+        resident_mb: most MiB of each memory's maps that stay in RAM, as of :meth:`.Memory.open`.
 
     Raises:
         CorruptMemoryError: the tokens are damaged, or nothing proves that they are not.
@@ -75,12 +79,13 @@ def repair(
     check_openable(path, "a")
     lock = WriterLock.acquire(path)
     try:
-        saved = salvage(path)
+        saved = salvage(path, ResidentLimit.of(resident_mb))
         try:
             identity = Engine.identity(base, gistnet, lens)
             doubts = [*saved.doubts, *_differences(path, saved.identity, identity)]
             fresh = path.with_name(f"{path.name}.repaired")
-            memory = _create(fresh, replace(identity, gist_dtype=saved.identity.gist_dtype))
+            identity = replace(identity, gist_dtype=saved.identity.gist_dtype)
+            memory = _create(fresh, identity, resident_mb)
             with memory:
                 builder = GistBuilder(base, gistnet.to(base.device), lens)
                 ingestor = Ingestor(base, builder, memory, Telemetry(), chunk_tokens=_CHUNK_TOKENS)
@@ -99,9 +104,9 @@ def repair(
     return Repaired(saved.tokens.length, damaged, tuple(doubts))
 
 
-def _create(fresh: Path, identity: MemoryIdentity) -> Memory:
+def _create(fresh: Path, identity: MemoryIdentity, resident_mb: int | None) -> Memory:
     try:
-        return Memory.create(fresh, identity)
+        return Memory.create(fresh, identity, resident_mb=resident_mb)
     except MemoryExistsError:
         raise MemoryExistsError(
             f"{fresh}: left by a repair that was cut off; remove it and repair again"

@@ -24,7 +24,9 @@ from megacontext.gistnet import GistNet
 from megacontext.lensnet import LensNet, LensNetConfig
 from megacontext.memory import Memory, Source
 from megacontext.memory import exchange as exchange_module
+from megacontext.memory import tree as tree_module
 from megacontext.memory.exchange import aside
+from megacontext.memory.resident import ResidentLimit
 from megacontext.runtime.forget import forget
 
 SECRET = "the zebra sleeps in the blue barn. " * 9
@@ -254,6 +256,24 @@ def test_a_memory_that_is_gone_from_its_place_comes_back(base, path):
         forget(base, path, ["letter"], mean(base))
     assert len(forget(base, path, ["letter"], mean(base)).sources) == 2
     assert [file.name for file in path.parent.iterdir()] == ["m.mctx"]
+
+
+def test_a_limit_to_what_stays_in_ram_is_that_of_both_memories(base, path, monkeypatch):
+    announced = []
+
+    class Watched(ResidentLimit):
+        def announce(self, mapped, start, stop):
+            announced.append((id(self), self.n_bytes))
+            super().announce(mapped, start, stop)
+
+    monkeypatch.setattr(tree_module, "ResidentLimit", Watched)
+    before = digests(path)
+    with pytest.raises(InputError, match="resident_mb is 1; allowed are 16"):
+        forget(base, path, ["letter"], mean(base), resident_mb=1)
+    assert digests(path) == before
+    forget(base, path, ["letter"], mean(base), resident_mb=16)
+    assert len({limit for limit, _ in announced}) == 2
+    assert {n_bytes for _, n_bytes in announced} == {16 << 20}
 
 
 def test_an_interruption_while_the_new_memory_grows_leaves_the_old_one(base, path):
