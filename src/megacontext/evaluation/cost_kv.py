@@ -10,12 +10,12 @@ from megacontext.errors import ConfigError
 from megacontext.evaluation.cost_config import CostSuiteConfig
 from megacontext.evaluation.kv_modes import (
     Compared,
-    RefocusTimes,
+    RefocusTime,
     compare_on_answers,
     compare_on_prose,
     refocus_times,
 )
-from megacontext.evaluation.metrics import Estimate, mean, ratio_of_medians
+from megacontext.evaluation.metrics import Estimate, mean, median_of_ratios
 from megacontext.evaluation.noise import NoiseTokens
 from megacontext.evaluation.recall_questions import RecallConfig, recall_questions
 from megacontext.memory import Memory
@@ -27,18 +27,16 @@ _FACTS = 40
 _ASKED = 5
 
 
-def refocus_ratio(
+def refocus_ratios(
     config: CostSuiteConfig,
     session: Session,
     path: Path,
     draw: Callable[[Memory, int, int], str],
-) -> Estimate:
-    """A whole refocus in ``incremental`` over the same one in ``exact``.
-
-    Scores and edits, which are the same in both, count in both.
+) -> dict[str, Estimate]:
+    """Refocuses in ``incremental`` over the same ones in ``exact``.
 
     Args:
-        config: how many refocuses, and with how many edits.
+        config: how many queries, and with how many edits a refocus counts.
         session: the models.
         path: a memory.
         draw: a text from its history, by number of tokens and of the query.
@@ -60,24 +58,45 @@ def refocus_ratio(
         )
         queries = [draw(memory, _QUERY_TOKENS, number) for number in range(config.refocuses + 1)]
         times = refocus_times(engine, queries)
-    return whole_ratio(times, config.refocus_edits)
+    return refocus_results(times, config.refocus_edits)
 
 
-def whole_ratio(times: RefocusTimes, edits: int) -> Estimate:
-    """Focus and reading in ``incremental`` over those in ``exact``, of refocuses of ``edits``.
+def refocus_results(times: Sequence[RefocusTime], edits: int) -> dict[str, Estimate]:
+    """The ratios by their published names.
+
+    Scores and edits, which are the same in both modes, count in both. The first look for a query
+    stands apart: there the base reads the query behind what the indices propose, whatever the mode.
+
+    Args:
+        times: of all refocuses.
+        edits: those that made so many count.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or none but first looks.
     """
-    chosen = [index for index, count in enumerate(times.edits) if count == edits]
-    if not chosen:
+    chosen = [refocus for refocus in times if refocus.edits == edits]
+    further = [refocus for refocus in chosen if refocus.look]
+    if not further:
         raise ConfigError(
-            f"none of {len(times.edits)} refocuses made {edits} edits; raise refocuses or lower "
-            "refocus_edits"
+            f"of {len(times)} refocuses {len(chosen)} made {edits} edits, all of them the first "
+            "for their query; raise refocuses or lower refocus_edits"
         )
-    exact, incremental = times.whole("exact"), times.whole("incremental")
-    return ratio_of_medians(
-        [incremental[index] for index in chosen], [exact[index] for index in chosen]
+    results = {
+        "refocus_incremental_ratio": _whole_ratio(further),
+        "refocus_incremental_ratio.reading": median_of_ratios(
+            [refocus.read["incremental"] for refocus in chosen],
+            [refocus.read["exact"] for refocus in chosen],
+        ),
+    }
+    if first := [refocus for refocus in chosen if not refocus.look]:
+        results["refocus_incremental_ratio.first_look"] = _whole_ratio(first)
+    return results
+
+
+def _whole_ratio(chosen: Sequence[RefocusTime]) -> Estimate:
+    return median_of_ratios(
+        [refocus.whole("incremental") for refocus in chosen],
+        [refocus.whole("exact") for refocus in chosen],
     )
 
 

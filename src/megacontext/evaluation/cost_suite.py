@@ -19,10 +19,10 @@ from megacontext.evaluation.cost_decode import (
     time_arms,
 )
 from megacontext.evaluation.cost_ingest import ingest_ratio
-from megacontext.evaluation.cost_kv import incremental_losses, refocus_ratio
+from megacontext.evaluation.cost_kv import incremental_losses, refocus_ratios
 from megacontext.evaluation.cost_memories import Say, append_prose, approach, make_memory
 from megacontext.evaluation.cost_process import resident_bytes
-from megacontext.evaluation.metrics import Estimate, mean, ratio_of_medians
+from megacontext.evaluation.metrics import Estimate, mean, median_of_ratios, ratio_of_medians
 from megacontext.memory import Memory
 from megacontext.runtime.engine import Engine
 from megacontext.runtime.reading import KVMode, kv_mode
@@ -78,9 +78,8 @@ class _CostSuite:
         results = self._decoding()
         results["rss_flatness"] = self._rss_flatness()
         self.say("refocusing in both KV modes")
-        results["refocus_incremental_ratio"] = refocus_ratio(
-            config, self.session, self.paths[config.lengths[0]], self._draw
-        )
+        shortest = self.paths[config.lengths[0]]
+        results |= refocus_ratios(config, self.session, shortest, self._draw)
         self.say("predicting in both KV modes")
         results |= incremental_losses(config, self.session)
         self.say("ingesting beside prefill")
@@ -191,16 +190,16 @@ def decode_results(
     short, long = _ends(lengths)
     for mode in (kv, *_MODES):
         end = "" if mode == kv and "decode_ratio" not in results else f".{mode}"
-        results[f"decode_ratio{end}"] = ratio_of_medians(plain, seconds[_arm(mode, short)])
-        results[f"time_flatness{end}"] = ratio_of_medians(
+        results[f"decode_ratio{end}"] = median_of_ratios(plain, seconds[_arm(mode, short)])
+        results[f"time_flatness{end}"] = median_of_ratios(
             seconds[_arm(mode, long)], seconds[_arm(mode, short)]
         )
     for mode in _MODES:
         for length in lengths[1:]:
-            results[f"decode_ratio.{mode}.{length}"] = ratio_of_medians(
+            results[f"decode_ratio.{mode}.{length}"] = median_of_ratios(
                 plain, seconds[_arm(mode, length)]
             )
-    results[f"decode_ratio.{_REMEMBERED}"] = ratio_of_medians(plain, seconds[_REMEMBERED])
+    results[f"decode_ratio.{_REMEMBERED}"] = median_of_ratios(plain, seconds[_REMEMBERED])
     results["plain_tokens_per_s"] = ratio_of_medians([1.0] * len(plain), plain)
     return results
 

@@ -49,22 +49,24 @@ class Compared:
 
 
 @dataclass(frozen=True)
-class RefocusTimes:
-    """Milliseconds of single refocuses, the reading in both modes by turns.
+class RefocusTime:
+    """Milliseconds of one refocus, the reading in both modes right after each other.
 
     Attributes:
+        look: its number among those for one query, from 0 on; only the first one reads the query.
+        edits: how many there were.
         focus: of scores and edits, which are the same in both modes.
         read: by mode, of reading the edited window.
-        edits: how many there were.
     """
 
-    focus: list[float]
-    read: dict[KVMode, list[float]]
-    edits: list[int]
+    look: int
+    edits: int
+    focus: float
+    read: dict[KVMode, float]
 
-    def whole(self, mode: KVMode) -> list[float]:
+    def whole(self, mode: KVMode) -> float:
         """Focus and reading together."""
-        return [sum(pair) for pair in zip(self.focus, self.read[mode], strict=True)]
+        return self.focus + self.read[mode]
 
 
 @torch.inference_mode()
@@ -145,31 +147,36 @@ def compare_on_answers(
 
 
 @torch.inference_mode()
-def refocus_times(engine: Engine, queries: list[str]) -> RefocusTimes:
-    """Refocuses once for every query, each behind the window that the one before left.
+def refocus_times(engine: Engine, queries: list[str]) -> list[RefocusTime]:
+    """Refocuses for every query until nothing changes, as before an answer.
+
+    Each begins with the window that the one before left.
 
     Args:
-        engine: its policy, allocator and halo; ``kv`` does not matter.
+        engine: its policy, allocator, halo and most looks; ``kv`` does not matter.
         queries: what the focus is asked for; the first warms up and does not count.
     """
     readings = _readings(engine)
     size = engine.memory.identity.block_size
-    times = RefocusTimes([], {mode: [] for mode in _MODES}, [])
+    times: list[RefocusTime] = []
     for reading in readings.values():
         reading.read(engine.context, _NOTHING)
     for number, query in enumerate(queries):
-        started = time.perf_counter()
-        plan = engine.refocus(query, reserve=size)
-        times.focus.append((time.perf_counter() - started) * 1000)
-        times.edits.append(len(plan.edits))
-        # By turns, so that neither always finds the caches of the processor warm.
-        for mode in _MODES if number % 2 else _MODES[::-1]:
+        for look in range(engine.config.refocus_rounds):
             started = time.perf_counter()
-            readings[mode].read(engine.context, _NOTHING, asking=size)
-            times.read[mode].append((time.perf_counter() - started) * 1000)
-    return RefocusTimes(
-        times.focus[1:], {mode: ms[1:] for mode, ms in times.read.items()}, times.edits[1:]
-    )
+            plan = engine.refocus(query, reserve=size)
+            focus = (time.perf_counter() - started) * 1000
+            read: dict[KVMode, float] = {}
+            # By turns, so that neither always finds the caches of the processor warm.
+            for mode in _MODES if (number + look) % 2 else _MODES[::-1]:
+                started = time.perf_counter()
+                readings[mode].read(engine.context, _NOTHING, asking=size)
+                read[mode] = (time.perf_counter() - started) * 1000
+            if number:
+                times.append(RefocusTime(look, len(plan.edits), focus, read))
+            if not plan.edits:
+                break
+    return times
 
 
 @contextmanager

@@ -6,10 +6,10 @@ import pytest
 
 from megacontext.errors import ConfigError
 from megacontext.evaluation.cost_config import CostSuiteConfig
-from megacontext.evaluation.cost_kv import loss_results, whole_ratio
+from megacontext.evaluation.cost_kv import loss_results, refocus_results
 from megacontext.evaluation.cost_memories import approach, make_memory
 from megacontext.evaluation.cost_suite import decode_results
-from megacontext.evaluation.kv_modes import Compared, RefocusTimes
+from megacontext.evaluation.kv_modes import Compared, RefocusTime
 from megacontext.memory import Memory
 from megacontext.runtime.session import Session, SessionConfig
 
@@ -43,15 +43,23 @@ def test_decode_ratios_are_rates_and_flatness_is_time():
 
 
 def test_only_refocuses_of_that_many_edits_count():
-    times = RefocusTimes(
-        focus=[1.0, 1.0, 100.0],
-        read={"exact": [9.0, 9.0, 1.0], "incremental": [1.0, 2.0, 1.0]},
-        edits=[4, 4, 3],
-    )
-    found = whole_ratio(times, 4)
-    assert (found.value, found.n) == (0.25, 2)
-    with pytest.raises(ConfigError, match="none of 3 refocuses made 5 edits"):
-        whole_ratio(times, 5)
+    times = [
+        RefocusTime(0, 4, 10.0, {"exact": 10.0, "incremental": 2.0}),
+        RefocusTime(1, 4, 1.0, {"exact": 9.0, "incremental": 1.0}),
+        RefocusTime(2, 4, 1.0, {"exact": 9.0, "incremental": 2.0}),
+        RefocusTime(1, 3, 100.0, {"exact": 1.0, "incremental": 1.0}),
+        RefocusTime(0, 5, 1.0, {"exact": 9.0, "incremental": 1.0}),
+    ]
+    found = {name: (each.value, each.n) for name, each in refocus_results(times, 4).items()}
+    assert found == {
+        "refocus_incremental_ratio": (0.25, 2),
+        "refocus_incremental_ratio.reading": (0.2, 3),
+        "refocus_incremental_ratio.first_look": (0.6, 1),
+    }
+    assert "refocus_incremental_ratio.first_look" not in refocus_results(times, 3)
+    for edits, count in ((5, 1), (6, 0)):
+        with pytest.raises(ConfigError, match=f"of 5 refocuses {count} made {edits} edits"):
+            refocus_results(times, edits)
 
 
 def test_the_larger_loss_stands_for_both():
