@@ -88,17 +88,7 @@ def forget(
             gone = _named(old, sources, cleaned_up=any(left))
             if not gone:
                 return Forgotten((), old.n_tokens, _copies(path))
-            odd = odd_file(path)
-            if odd is not None:
-                raise InputError(f"{odd}: no part of the memory, which is written anew; move it")
-            for problem in old.verify().problems:
-                raise CorruptMemoryError(
-                    f"{problem.reason}; `megacontext repair` makes the memory anew",
-                    path=problem.path,
-                    level=problem.level,
-                    index=problem.index,
-                    offset=problem.offset,
-                )
+            _check_whole(old)
             builder = GistBuilder(base, gistnet.to(base.device), lens)
             fresh = Memory.create(growing, old.identity, resident_mb=resident_mb)
             n_tokens = _write(old, gone, fresh, builder, progress)
@@ -168,6 +158,21 @@ def _file_uri(name: str) -> str:
         return Path(name).resolve().as_uri()
     except (OSError, RuntimeError, ValueError):
         return name
+
+
+def _check_whole(memory: Memory) -> None:
+    """Refuses a memory of which something would be lost by writing it anew."""
+    odd = odd_file(memory.path)
+    if odd is not None:
+        raise InputError(f"{odd}: no part of the memory, which is written anew; move it")
+    for problem in memory.verify().problems:
+        raise CorruptMemoryError(
+            f"{problem.reason}; `megacontext repair` makes the memory anew",
+            path=problem.path,
+            level=problem.level,
+            index=problem.index,
+            offset=problem.offset,
+        )
 
 
 def _write(
