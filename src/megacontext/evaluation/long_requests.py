@@ -10,12 +10,12 @@ from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from megacontext.closing import Closing
 from megacontext.errors import InputError
 from megacontext.runtime.answer import DecodedToken
 from megacontext.runtime.context_input import ContextInput
@@ -57,7 +57,7 @@ class _Held:
         return self.engine.memory.n_tokens > len(self.history)
 
 
-class LongRequests:
+class LongRequests(Closing):
     """Scores and continues token sequences, each by itself, with at most ``budget`` rows read.
 
     A sequence that fits into the budget is read raw, exactly as the plain model reads it. Of a
@@ -171,17 +171,6 @@ class LongRequests:
         if self._held is not None:
             held, self._held = self._held, None
             held.resources.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _question(self, context: Tensor) -> str:
         return self.base.decode(context[-self.session.config.engine.query_tokens :])

@@ -6,11 +6,11 @@ import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self
 
 from torch import Tensor
 
+from megacontext.closing import Closing
 from megacontext.errors import (
     InputError,
     InvariantError,
@@ -43,7 +43,7 @@ from megacontext.memory.resident import ResidentLimit
 from megacontext.memory.verify import VerifyReport, verify_catalog
 
 
-class Memory(ReadableMemory):
+class Memory(ReadableMemory, Closing):
     """A history of tokens, and the gists of all its complete spans.
 
     Level 0 are the tokens; gist ``i`` of level ``l`` stands for tokens ``i * K**l`` to
@@ -341,17 +341,6 @@ class Memory(ReadableMemory):
         finally:
             if self._lock is not None:
                 self._lock.release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _source_ranges(
         self, parts: Sequence[SourcePart], start: int, stop: int

@@ -8,12 +8,12 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
 import torch
 import transformers
 
+from megacontext.closing import Closing
 from megacontext.errors import InputError, MegaContextError
 from megacontext.memory import Source
 from megacontext.runtime.answer import DecodedToken
@@ -175,7 +175,7 @@ class CallRecorder:
         self._seen = self.engine.focus.state.round
 
 
-class SessionRecording(CallRecorder):
+class SessionRecording(CallRecorder, Closing):
     """A session over a new memory that is written to a file as it goes, for :func:`replay`.
 
     Unlike telemetry, the file holds the content: texts, prompts and answers. Nobody but its owner
@@ -224,17 +224,6 @@ class SessionRecording(CallRecorder):
         finally:
             self._file.close()
             self.engine.memory.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _append(self, line: Line) -> None:
         if self._file.closed:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from pydantic import Field
 
+from megacontext.closing import Closing
 from megacontext.config import FrozenConfig
 from megacontext.errors import MegaContextError, MemoryMismatchError
 from megacontext.lensnet import LensNet, LensNetConfig
@@ -89,7 +88,7 @@ class DecodeConfig(FrozenConfig):
         return {key: value for key, value in self.model_dump().items() if value is not None}
 
 
-class Session:
+class Session(Closing):
     """Loads what a :class:`SessionConfig` names and opens engines over memories.
 
     Args:
@@ -165,17 +164,6 @@ class Session:
     def close(self) -> None:
         """Ends the telemetry."""
         self.telemetry.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _engine_or_close(self, memory: Memory) -> Engine:
         try:

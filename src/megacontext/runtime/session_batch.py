@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor
 
+from megacontext.closing import Closing
 from megacontext.errors import InputError
 from megacontext.runtime.answer import DecodedToken
 from megacontext.runtime.base_model import BaseModel
@@ -30,7 +30,7 @@ class _Session:
     logits: Tensor | None = None
 
 
-class SessionBatch:
+class SessionBatch(Closing):
     """Decodes answers of several sessions, with one forward of the base per token for all of them.
 
     Each session is an :class:`Engine` with its own memory, focus, settings and prompt. Its answer
@@ -168,17 +168,6 @@ class SessionBatch:
         """The tokens of all sessions, step by step, until all answers are complete."""
         while self._sessions or self._given:
             yield from self.step()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _read_newest(self) -> None:
         """Reads the newest token of every session that has no logits yet."""

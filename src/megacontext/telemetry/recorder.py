@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from megacontext.closing import Closing
 from megacontext.errors import InvariantError
 from megacontext.telemetry.events import (
     CommitEvent,
@@ -24,7 +25,7 @@ from megacontext.telemetry.events import (
 from megacontext.telemetry.sinks import NullSink, Sink
 
 
-class Telemetry:
+class Telemetry(Closing):
     """Numbers, times and hands on events; safe to call from several threads.
 
     Every method takes ``generation``, the commit counter of the memory at that moment, and ``ms``,
@@ -194,12 +195,6 @@ class Telemetry:
     def close(self) -> None:
         """Closes the sink."""
         self._sink.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _allowed(self, text: str | None) -> str | None:
         return text if self.include_text else None
