@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
+from megacontext.closing import Closing
 from megacontext.errors import InputError, InvariantError
 
 BROKEN: Final = "broken"
 _LOG: Final = "cases.jsonl"
 
 
-class CaseLog:
+class CaseLog(Closing):
     """Outcomes by case, one JSON line each; a case that is in the log is not run again.
 
     Args:
@@ -70,14 +70,7 @@ class CaseLog:
         counted = Counter(self.outcomes.values())
         return {"cases": len(self.outcomes), "outcomes": dict(sorted(counted.items()))}
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Ends the log."""
         if self._file is not None:
             self._file.close()

@@ -56,9 +56,9 @@ def mean(values: Sequence[float], *, seed: int = 0, resamples: int = 2000) -> Es
     n = len(values)
     if n == 0:
         raise ValueError("a mean needs at least one sample")
-    rng = random.Random(seed)
-    means = sorted(math.fsum(rng.choices(values, k=n)) / n for _ in range(resamples))
-    low, high = means[int(0.025 * resamples)], means[int(0.975 * resamples) - 1]
+    low, high = _bootstrap(
+        lambda drawn: math.fsum(values[i] for i in drawn) / n, n, seed, resamples
+    )
     return Estimate(math.fsum(values) / n, low, high, n)
 
 
@@ -76,21 +76,16 @@ def ratio(
     Raises:
         ValueError: there is no sample, the two differ in number, or the denominators' sum is zero.
     """
-    n = len(numerators)
-    if n == 0 or n != len(denominators):
-        raise ValueError(f"a ratio needs equally many samples, got {n} and {len(denominators)}")
+    n = _pairs(numerators, denominators)
     whole = math.fsum(denominators)
     if whole == 0:
         raise ValueError("a ratio needs denominators that do not sum to zero")
-    rng = random.Random(seed)
-    ratios: list[float] = []
-    for _ in range(resamples):
-        drawn = rng.choices(range(n), k=n)
+
+    def of(drawn: Sequence[int]) -> float | None:
         below = math.fsum(denominators[i] for i in drawn)
-        if below:
-            ratios.append(math.fsum(numerators[i] for i in drawn) / below)
-    ratios.sort()
-    low, high = ratios[int(0.025 * len(ratios))], ratios[max(0, int(0.975 * len(ratios)) - 1)]
+        return math.fsum(numerators[i] for i in drawn) / below if below else None
+
+    low, high = _bootstrap(of, n, seed, resamples)
     return Estimate(math.fsum(numerators) / whole, low, high, n)
 
 
@@ -108,7 +103,7 @@ def ratio_of_medians(
     Raises:
         ValueError: there is no sample, the two differ in number, or a denominator is not positive.
     """
-    n = _pairs(numerators, denominators)
+    n = _positive_pairs(numerators, denominators)
 
     def of(drawn: Sequence[int]) -> float:
         below = median(denominators[i] for i in drawn)
@@ -133,7 +128,7 @@ def median_of_ratios(
     Raises:
         ValueError: there is no sample, the two differ in number, or a denominator is not positive.
     """
-    n = _pairs(numerators, denominators)
+    n = _positive_pairs(numerators, denominators)
     ratios = [above / below for above, below in zip(numerators, denominators, strict=True)]
     low, high = _bootstrap(lambda drawn: median(ratios[i] for i in drawn), n, seed, resamples)
     return Estimate(median(ratios), low, high, n)
@@ -143,18 +138,27 @@ def _pairs(numerators: Sequence[float], denominators: Sequence[float]) -> int:
     n = len(numerators)
     if n == 0 or n != len(denominators):
         raise ValueError(f"a ratio needs equally many samples, got {n} and {len(denominators)}")
+    return n
+
+
+def _positive_pairs(numerators: Sequence[float], denominators: Sequence[float]) -> int:
+    n = _pairs(numerators, denominators)
     if min(denominators) <= 0:
         raise ValueError("a ratio of durations needs denominators above zero")
     return n
 
 
 def _bootstrap(
-    of: Callable[[Sequence[int]], float], n: int, seed: int, resamples: int
+    of: Callable[[Sequence[int]], float | None], n: int, seed: int, resamples: int
 ) -> tuple[float, float]:
-    """The 2.5th and 97.5th percentile of what ``of`` says of ``n`` samples drawn with return."""
+    """The 2.5th and 97.5th percentile of what ``of`` says of ``n`` samples drawn with return.
+
+    Draws of which it says nothing do not count.
+    """
     rng = random.Random(seed)
-    found = sorted(of(rng.choices(range(n), k=n)) for _ in range(resamples))
-    return found[int(0.025 * resamples)], found[int(0.975 * resamples) - 1]
+    said = (of(rng.choices(range(n), k=n)) for _ in range(resamples))
+    found = sorted(value for value in said if value is not None)
+    return found[int(0.025 * len(found))], found[max(0, int(0.975 * len(found)) - 1)]
 
 
 def rank_correlation(left: Sequence[float], right: Sequence[float]) -> float:
