@@ -61,6 +61,13 @@ def test_ingest_makes_a_memory_then_appends(megacontext, tmp_path, text):
     assert megacontext("verify", memory).status == 0
 
 
+def test_settings_may_stand_before_what_the_command_is_about(megacontext, tmp_path, text):
+    settings = ("--set", "engine.chunk_tokens=4096", "gistnet=mean")
+    done = megacontext("ingest", *settings, tmp_path / "m.mctx", text)
+    assert done.status == 0, done.err
+    assert megacontext("stats", tmp_path / "m.mctx").status == 0
+
+
 def test_ingest_takes_several_files_and_standard_input(megacontext, tmp_path, text):
     note = tmp_path / "note.md"
     note.write_text(FACT)

@@ -7,15 +7,16 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from megacontext.cli.output import hide_loading_bars, run_command
+from megacontext.cli.output import end_settings, hide_loading_bars, run_command
 from megacontext.cli.parser import build_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit status: 0, 2 for an error of use, 130 if interrupted."""
     parser = build_parser()
-    parsed = parser.parse_args(arguments)
-    parsed.words = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parsed = parser.parse_args(end_settings(words))
+    parsed.words = words
     levels = logging.getLevelNamesMapping()
     if parsed.log_level.upper() not in levels:
         known = ", ".join(levels).lower()

@@ -6,8 +6,9 @@ import argparse
 import io
 import json
 import os
+import re
 import sys
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ console = Console(stderr=True)
 
 _INTERRUPTED = 130
 _STDOUT = "-"
+_SETTING = re.compile(r"[A-Za-z_][\w.-]*=")
 
 
 def run_command(prefix: str, json_target: str | None, run: Callable[[], int]) -> int:
@@ -87,6 +89,27 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
         help="override keys, for example engine.budget=2048; may be repeated",
     )
     add_json_option(parser)
+
+
+def end_settings(words: Sequence[str]) -> list[str]:
+    """Ends ``--set`` behind its last ``KEY=VALUE``: of ``--set a=1 b=2 FILE`` it leaves FILE alone.
+
+    Args:
+        words: of a command line, before it is parsed.
+    """
+    ended: list[str] = []
+    setting = False
+    for number, word in enumerate(words):
+        if word == "--":
+            return [*ended, *words[number:]]
+        if setting and _SETTING.match(word):
+            ended.append(f"--set={word}")
+            continue
+        # What follows a bare --set is no setting; the parser says so.
+        setting = word == "--set" and any(map(_SETTING.match, words[number + 1 : number + 2]))
+        if not setting:
+            ended.append(word)
+    return ended
 
 
 def read_config(config_type: type[ConfigT], arguments: argparse.Namespace) -> ConfigT:

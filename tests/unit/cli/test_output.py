@@ -11,6 +11,7 @@ import pytest
 from megacontext.cli.output import (
     add_config_options,
     check_writable,
+    end_settings,
     read_config,
     run_command,
     write_json,
@@ -36,6 +37,25 @@ def parsed(*arguments):
 )
 def test_several_keys_can_be_set_in_either_way(arguments):
     assert read_config(Sizes, parsed(*arguments)) == Sizes(a=1, b=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "ended"),
+    [
+        ("--set a=1 b.c=2 m.mctx f.txt", "--set=a=1 --set=b.c=2 m.mctx f.txt"),
+        ("m.mctx --set a=1 --json - f.txt", "m.mctx --set=a=1 --json - f.txt"),
+        ("--set a=1 f.txt b=2.txt", "--set=a=1 f.txt b=2.txt"),
+        ("--set a=1 --set b=2 f.txt", "--set=a=1 --set=b=2 f.txt"),
+        ("--set=a=1 f.txt", "--set=a=1 f.txt"),
+        ("--set f.txt a=1", "--set f.txt a=1"),
+        ("f.txt --set", "f.txt --set"),
+        ("--set a=1 -- --set b=2", "--set=a=1 -- --set b=2"),
+        ("--author a=1 f.txt", "--author a=1 f.txt"),
+        ("", ""),
+    ],
+)
+def test_settings_end_where_no_key_follows(words, ended):
+    assert end_settings(words.split()) == ended.split()
 
 
 def test_what_is_set_wins_over_the_file(tmp_path):
