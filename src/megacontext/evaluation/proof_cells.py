@@ -123,21 +123,30 @@ def asked_of(cell: Cell, config: ProofSuiteConfig) -> dict[str, int]:
         and (cell.task not in COUNTING or name != "oracle")
         and (not far or not config.far_rivals or name in config.far_rivals)
     ]
-    most = config.readers_recall_up_to if cell.family == "recall" else config.readers_up_to
-    too_long = tokens_of(cell.length) > tokens_of(most)
     return {
         name: min(cell.questions, config.slow_questions)
         if name in config.slow_rivals
         else cell.questions
         for name in names
-        if not (too_long and name in config.readers)
+        if not _too_long(name, cell.length, config, shared=cell.family == "recall")
     }
 
 
 def asked_for_prose(config: ProofSuiteConfig) -> list[str]:
     """The rivals that predict the stream."""
-    too_long = tokens_of(config.prose) > tokens_of(config.readers_recall_up_to)
-    return [name for name in config.names if not (too_long and name in config.readers)]
+    return [name for name in config.names if not _too_long(name, config.prose, config, shared=True)]
+
+
+def _too_long(name: str, length: Length, config: ProofSuiteConfig, *, shared: bool) -> bool:
+    """Whether a rival reads histories with a model, and would take too long for one of a length.
+
+    ``shared``: whether many questions are about the same one.
+    """
+    if name not in config.readers:
+        return False
+    shared = shared and name not in config.readers_by_question
+    most = config.readers_recall_up_to if shared else config.readers_up_to
+    return tokens_of(length) > tokens_of(most) or (shared and length in config.readers_skip)
 
 
 def by_history(questions: Iterator[LongQuestion]) -> Iterator[list[LongQuestion]]:

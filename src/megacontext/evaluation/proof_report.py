@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from megacontext.evaluation.markdown_table import table_lines
 from megacontext.evaluation.proof_cells import COUNTING
@@ -195,21 +196,24 @@ def _costs(line: ProofLine, links: dict[str, str]) -> Iterator[str]:
 
 def _not_asked(line: ProofLine) -> Iterator[str]:
     setup = line.line["setup"]
-    rows = [
-        (
-            rival,
-            f"not asked beyond {setup['readers_up_to']} "
-            f"({setup['readers_recall_up_to']} for planted facts and prose): "
-            "it reads all of a history with a model first",
-        )
-        for rival in setup["readers"]
-    ]
+    rows = [(rival, _reading(rival, setup)) for rival in setup["readers"]]
     for rival, cells in line.line["refused"].items():
         cell, reason = next(iter(cells.items()))
         rows.append((rival, f"refused in {len(cells)} cells, the first `{cell}`: {reason}"))
     if rows:
         yield from _heading("Who was not asked, or refused")
         yield from table_lines(["rival", "why"], rows)
+
+
+def _reading(rival: str, setup: Mapping[str, Any]) -> str:
+    """Why a rival that reads histories with a model was not asked about long ones."""
+    beyond = f"not asked beyond {setup['readers_up_to']}"
+    if rival in setup.get("readers_by_question", ()):
+        return f"{beyond}: it reads all of a history with a model, anew for every question"
+    skipped = ", ".join(setup.get("readers_skip", ()))
+    shared = f"{setup['readers_recall_up_to']} for planted facts and prose"
+    but = f", not at {skipped}" if skipped else ""
+    return f"{beyond} ({shared}{but}): it reads all of a history with a model first"
 
 
 def _by_rival(line: ProofLine, names: Sequence[tuple[str, str]]) -> Iterator[str]:

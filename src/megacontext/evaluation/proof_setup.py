@@ -105,6 +105,10 @@ class ProofSetup:
             "readers": [name for name in config.names if name in config.readers],
             "readers_up_to": config.readers_up_to,
             "readers_recall_up_to": config.readers_recall_up_to,
+            "readers_by_question": [
+                name for name in config.names if name in config.readers_by_question
+            ],
+            "readers_skip": list(config.readers_skip),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,

@@ -36,6 +36,7 @@ def test_several_names_may_stand_in_one_text():
         ("lengths=0k", "lengths"),
         ("rivals=window,pigeon", "unknown rival 'pigeon'"),
         ("readers=pigeon", "unknown rival 'pigeon'"),
+        ("readers_by_question=pigeon", "unknown rival 'pigeon'"),
         ("babilong=qa11", "babilong"),
         ("depths=1.5", "depths"),
         ("asked=21", "asked is 21"),
@@ -108,3 +109,21 @@ def test_slow_rivals_are_asked_less_and_readers_up_to_a_length():
     assert "oracle" not in asked_of(Cell("ruler", "cwe", "4k", 100), config)
     assert "own_keys" in asked_for_prose(config)
     assert "own_keys" not in asked_for_prose(read("rivals=own_keys", "prose=200k"))
+
+
+def test_readers_of_single_questions_gain_nothing_where_questions_share_a_history():
+    config = read("rivals=dense,kvpress.knorm", "readers_skip=16k")
+    recall = {
+        length: set(asked_of(Cell("recall", "planted", length, 10), config))
+        for length in ("4k", "16k", "64k", "128k", "1m")
+    }
+    both = {"dense", "kvpress.knorm"}
+    assert recall == {
+        "4k": both,
+        "16k": {"kvpress.knorm"},
+        "64k": both,
+        "128k": {"dense"},
+        "1m": set(),
+    }
+    assert set(asked_of(Cell("babilong", "qa1", "16k", 10), config)) == both
+    assert asked_for_prose(config) == ["dense"]

@@ -32,9 +32,11 @@ SETUP = {
     "depth_questions": 2,
     "slow_rivals": ["own_keys", "oracle"],
     "slow_questions": 4,
-    "readers": ["own_keys"],
+    "readers": ["own_keys", "kvpress.knorm"],
     "readers_up_to": "4k",
     "readers_recall_up_to": "128k",
+    "readers_by_question": ["kvpress.knorm"],
+    "readers_skip": ["16k", "64k"],
     "python": "3.12.1",
     "torch": "2.13.0",
     "transformers": "5.0.0",
@@ -123,7 +125,11 @@ def test_what_was_to_be_shown_is_told_reached_or_not(written):
 def test_who_was_asked_less_or_not_is_told(written):
     text, _ = written
     assert "| vt | 4k | 8 (4) |" in text
-    assert "| own_keys | not asked beyond 4k (128k for planted facts and prose)" in text
+    assert (
+        "| own_keys | not asked beyond 4k (128k for planted facts and prose, not at 16k, 64k): it "
+        "reads all of a history with a model first |\n"
+        "| kvpress.knorm | not asked beyond 4k: it reads all of a history with a model, anew for "
+    ) in text
     assert "| full | refused in 2 cells, the first `ruler.vt.4k`: too long |" in text
     assert "8; 4 at 1m; 4 for own_keys, oracle" in text
 
