@@ -8,12 +8,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from megacontext.closing import Closing
 from megacontext.runtime.ingest import with_more
 from megacontext.runtime.text_pieces import text_pieces
 from megacontext.runtime.tokenization import encode_text
@@ -61,7 +61,7 @@ def read_pieces(texts: Iterable[str], tokenizer: Any) -> Iterator[Piece]:
         yield Piece(torch.empty(0, dtype=torch.int32), unread, more=False)
 
 
-class ReadAhead:
+class ReadAhead(Closing):
     """The pieces of documents, in order; several documents are read at the same time.
 
     What is read and not yet taken is bounded, whatever the documents' number and length. Use it as
@@ -86,12 +86,8 @@ class ReadAhead:
         self._begin()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Ends the threads."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
