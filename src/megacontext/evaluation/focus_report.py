@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from megacontext.evaluation.figures import svg_pyplot
 from megacontext.evaluation.focus_questions import FOCUS_KINDS
-from megacontext.evaluation.markdown_table import table_row
+from megacontext.evaluation.markdown_table import table_lines
 
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -124,12 +124,10 @@ def _page(line: Mapping[str, Any], results: Results, picture: str) -> str:
         lines += [
             "## Prose and cost",
             "",
-            table_row(["measure", "n", "value"]),
-            table_row(["---"] * 3),
-        ]
-        lines += [
-            table_row([f"`{name}`", str(results[name]["n"]), _cell(results[name])])
-            for name in single
+            *table_lines(
+                ["measure", "n", "value"],
+                [(f"`{name}`", results[name]["n"], _cell(results[name])) for name in single],
+            ),
         ]
     return "\n".join([*lines, ""])
 
@@ -139,10 +137,8 @@ def _bars(results: Results) -> list[str]:
     found = [(name, bar) for name, bar in _BARS if name in results]
     if not found:
         return []
-    lines = ["## The lens", "", table_row(["measure", "n", "value", "bar"]), table_row(["---"] * 4)]
-    for name, bar in found:
-        lines.append(table_row([f"`{name}`", str(results[name]["n"]), _cell(results[name]), bar]))
-    return [*lines, ""]
+    rows = [(f"`{name}`", results[name]["n"], _cell(results[name]), bar) for name, bar in found]
+    return ["## The lens", "", *table_lines(["measure", "n", "value", "bar"], rows), ""]
 
 
 def _table(results: Results, measure: str, title: str) -> list[str]:
@@ -151,8 +147,9 @@ def _table(results: Results, measure: str, title: str) -> list[str]:
         return []
     head = ["questions", "tokens", "n", *policies]
     alone = measure == "accuracy"
-    lines = [f"## {title}", "", table_row([*head, *(["in window"] if alone else [])])]
-    lines.append(table_row(["---"] * (len(head) + alone)))
+    if alone:
+        head.append("in window")
+    rows: list[list[Any]] = []
     for kind in kinds:
         for length in lengths:
             row = [results.get(f"{measure}.{kind}.{length}.{policy}") for policy in policies]
@@ -160,10 +157,8 @@ def _table(results: Results, measure: str, title: str) -> list[str]:
             cells = [_cell(result) for result in row]
             if alone:
                 cells.append(_cell(results.get(f"accuracy.{kind}.in_window")))
-            lines.append(
-                table_row([_TITLES[kind] if kind != "none" else kind, length, str(n), *cells])
-            )
-    return [*lines, ""]
+            rows.append([_TITLES[kind] if kind != "none" else kind, length, n, *cells])
+    return [f"## {title}", "", *table_lines(head, rows), ""]
 
 
 def _cell(result: Mapping[str, Any] | None) -> str:

@@ -8,12 +8,12 @@ from typing import Any
 
 def table_lines(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
     """The lines of a table; bars within cells are escaped."""
-    yield table_row(head)
-    yield table_row(["---"] * len(head))
+    yield _row(head)
+    yield _row(["---"] * len(head))
     for row in rows:
-        yield table_row(row)
+        yield _row(row)
 
 
-def table_row(cells: Sequence[Any]) -> str:
+def _row(cells: Sequence[Any]) -> str:
     """One line of a table."""
     return f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in cells)} |"

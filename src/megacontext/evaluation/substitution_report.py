@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megacontext.evaluation.figures import svg_pyplot
-from megacontext.evaluation.markdown_table import table_row
+from megacontext.evaluation.markdown_table import table_lines
 
 _COLUMNS = (
     ("ΔNLL", "delta_nll"),
@@ -59,6 +59,18 @@ def _shapes(results: Results, horizon: int) -> list[str]:
 
 
 def _page(line: Mapping[str, Any], results: Results, picture: str, horizon: int) -> str:
+    shapes: list[list[Any]] = []
+    for shape in _shapes(results, horizon):
+        source, _, spans = shape.partition(".")
+        n = results[f"degradation@{horizon}.{shape}"]["n"]
+        cells = [_cell(results[f"{name}@{horizon}.{shape}"]) for _, name in _COLUMNS]
+        shapes.append([source, spans, n, *cells])
+    families = sorted(name for name in results if name.startswith("answers.gist."))
+    rest = [
+        (f"`{name}`", results[name]["n"], _cell(results[name]))
+        for name in (*_SINGLE, *families)
+        if name in results
+    ]
     lines = [
         "# Gists in place of tokens",
         "",
@@ -78,19 +90,12 @@ def _page(line: Mapping[str, Any], results: Results, picture: str, horizon: int)
         "tokens as the gists have entries. `substitutable` is the share of windows whose",
         "degradation is at most 5 %.",
         "",
-        table_row(["text", "spans", "n", *(title for title, _ in _COLUMNS)]),
-        table_row(["---"] * (3 + len(_COLUMNS))),
+        *table_lines(["text", "spans", "n", *(title for title, _ in _COLUMNS)], shapes),
+        "",
+        "## The rest",
+        "",
+        *table_lines(["measure", "n", "value"], rest),
     ]
-    for shape in _shapes(results, horizon):
-        source, _, spans = shape.partition(".")
-        cells = [_cell(results[f"{name}@{horizon}.{shape}"]) for _, name in _COLUMNS]
-        n = results[f"degradation@{horizon}.{shape}"]["n"]
-        lines.append(table_row([source, spans, str(n), *cells]))
-    lines += ["", "## The rest", "", table_row(["measure", "n", "value"]), table_row(["---"] * 3)]
-    families = sorted(name for name in results if name.startswith("answers.gist."))
-    for name in (*_SINGLE, *families):
-        if name in results:
-            lines.append(table_row([f"`{name}`", str(results[name]["n"]), _cell(results[name])]))
     return "\n".join([*lines, ""])
 
 
