@@ -5,14 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from engine_cases import K, config, learned_gistnet, new_engine, words
-from tiny_models import tiny_base_model
 
 from megacontext.errors import ConfigError
-
-
-@pytest.fixture(scope="module")
-def base():
-    return tiny_base_model(max_positions=256)
 
 
 def reader_kinds():

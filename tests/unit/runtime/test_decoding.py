@@ -5,14 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from engine_cases import K, new_engine, words
-from tiny_models import VOCAB_SIZE, tiny_base_model
+from tiny_models import VOCAB_SIZE
 
 END = 257
-
-
-@pytest.fixture(scope="module")
-def base():
-    return tiny_base_model(max_positions=256)
 
 
 @pytest.fixture

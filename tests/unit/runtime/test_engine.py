@@ -31,11 +31,6 @@ from megacontext.telemetry import MemorySink, Telemetry
 SECRET = "the zebra sleeps in the blue barn. "
 
 
-@pytest.fixture(scope="module")
-def base():
-    return tiny_base_model(max_positions=256)
-
-
 def told(engine):
     engine.ingest(words(400) + SECRET + words(600, seed=1))
     return engine

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from engine_cases import K, config, learned_gistnet, new_engine, words
-from tiny_models import tiny_base_model
 
 from megacontext.runtime.focus_policies import (
     AttentionPolicy,
@@ -17,11 +16,6 @@ from megacontext.runtime.focus_policies import (
 
 SECRET = "the zebra sleeps in the blue barn. "
 NOTHING = torch.empty(0, dtype=torch.int64)
-
-
-@pytest.fixture(scope="module")
-def base():
-    return tiny_base_model(max_positions=256)
 
 
 def asked(engine, query):

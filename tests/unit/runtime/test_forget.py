@@ -40,11 +40,6 @@ PARTS = (
 )
 
 
-@pytest.fixture(scope="module")
-def base():
-    return tiny_base_model(max_positions=256)
-
-
 def remembering(folder, base, parts=PARTS, **options) -> Path:
     """A memory of these parts, closed."""
     engine = new_engine(folder, base, name=options.pop("name", "m"), **options)

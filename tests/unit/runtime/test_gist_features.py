@@ -19,11 +19,6 @@ from megacontext.runtime.regist import regist
 SEGMENT = 48
 
 
-@pytest.fixture(scope="module")
-def base():
-    return tiny_base_model(max_positions=256)
-
-
 def features(base, layers, segment=SEGMENT):
     return GistFeatures(base, config(base, layers, segment))
 

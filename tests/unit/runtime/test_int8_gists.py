@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from engine_cases import config, learned_gistnet, words
-from tiny_models import save_tiny_model, tiny_base_model
+from tiny_models import save_tiny_model
 
 from megacontext.errors import MemoryMismatchError
 from megacontext.memory import Memory, Source
@@ -19,11 +19,6 @@ from megacontext.runtime.session import Session, SessionConfig
 from tools._memory_script import describe
 
 TEXTS = (words(1500), words(700, seed=1), words(90, seed=2))
-
-
-@pytest.fixture(scope="module")
-def base():
-    return tiny_base_model(max_positions=256)
 
 
 @pytest.fixture(scope="module")

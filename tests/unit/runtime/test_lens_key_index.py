@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from engine_cases import K, new_engine, words
-from tiny_models import tiny_base_model
 
 from megacontext.lensnet import LensNet, LensNetConfig
 from megacontext.lensnet.inputs import TailStates
@@ -16,11 +15,6 @@ from megacontext.runtime.lens_policy import LensPolicy
 from megacontext.runtime.session import Session, SessionConfig
 
 SETTINGS = KeyIndexConfig(flat_keys=16, rerank=1 << 20)
-
-
-@pytest.fixture(scope="module")
-def base():
-    return tiny_base_model(max_positions=256)
 
 
 @pytest.mark.parametrize("interaction", ["max", "mean"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from engine_cases import K, config, learned_gistnet, new_engine, words
-from tiny_models import tiny_base_model
 
 from megacontext.lensnet import LensNet, LensNetConfig
 from megacontext.lensnet.features import FEATURE_NAMES
@@ -13,11 +12,6 @@ from megacontext.runtime.focus_policies import AttentionPolicy, LexicalPolicy, e
 from megacontext.runtime.lens_policy import LensPolicy
 
 SECRET = "the zebra sleeps in the blue barn. "
-
-
-@pytest.fixture(scope="module")
-def base():
-    return tiny_base_model(max_positions=256)
 
 
 def make_lens(base, *, seed=None, **changes):

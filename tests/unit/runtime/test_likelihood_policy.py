@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 from engine_cases import K, new_engine, words
-from tiny_models import tiny_base_model
 
 from megacontext.runtime.focus_policies import LexicalPolicy
 from megacontext.runtime.likelihood_policy import LikelihoodPolicy
@@ -15,11 +14,6 @@ from megacontext.runtime.query_likelihood import QueryLikelihood
 
 SECRET = "the zebra sleeps in the blue barn. "
 QUESTION = "where does the zebra sleep"
-
-
-@pytest.fixture(scope="module")
-def base():
-    return tiny_base_model(max_positions=256)
 
 
 @pytest.fixture

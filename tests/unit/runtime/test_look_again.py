@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from engine_cases import K, config, new_engine, words
-from tiny_models import tiny_base_model
 
 from megacontext.runtime.answer import Looks
 from megacontext.runtime.focus_scores import FocusScores
@@ -28,11 +27,6 @@ class Logging:
     def score(self, view):
         self.queries.append(view.query.tolist())
         return FocusScores.unknown(len(view.context))
-
-
-@pytest.fixture(scope="module")
-def base():
-    return tiny_base_model(max_positions=256)
 
 
 def engine_of(base, folder, policy, name="a", **changes):

@@ -5,16 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from engine_cases import K, config, new_engine, words
-from tiny_models import tiny_base_model
 
 from megacontext.runtime.oracle_policy import OraclePolicy
 
 SECRET = "the zebra sleeps in the blue barn. "
-
-
-@pytest.fixture(scope="module")
-def base():
-    return tiny_base_model(max_positions=256)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from engine_cases import K, new_engine, words
-from tiny_models import tiny_base_model
 
 from megacontext.lensnet import FEATURE_NAMES, LensNet, LensNetConfig
 from megacontext.runtime.lens_policy import LensPolicy
@@ -13,11 +12,6 @@ from megacontext.runtime.query_likelihood import QueryLikelihood
 
 SECRET = "the zebra sleeps in the blue barn. "
 QUESTION = "where does the zebra sleep"
-
-
-@pytest.fixture(scope="module")
-def base():
-    return tiny_base_model(max_positions=256)
 
 
 @pytest.fixture

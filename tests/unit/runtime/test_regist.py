@@ -14,11 +14,6 @@ from megacontext.runtime.engine import Engine
 from megacontext.runtime.regist import regist
 
 
-@pytest.fixture(scope="module")
-def base():
-    return tiny_base_model(max_positions=256)
-
-
 @pytest.mark.parametrize("with_lens", [False, True])
 def test_the_gists_of_a_fresh_ingest(base, with_lens, tmp_path):
     net = learned_gistnet(base, slots=2)

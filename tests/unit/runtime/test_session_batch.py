@@ -27,11 +27,6 @@ OPTIONS = {"eos_token_id": (), "repetition_penalty": 1.3}
 TOLD = words(400) + "the zebra sleeps in the blue barn. " + words(300, seed=1)
 
 
-@pytest.fixture(scope="module")
-def base():
-    return tiny_base_model(max_positions=256)
-
-
 def told(folder, base, text=TOLD, name="a", **options):
     engine = new_engine(folder, base, name=name, **options)
     engine.ingest(text)
