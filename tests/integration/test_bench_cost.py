@@ -10,6 +10,7 @@ NAMES = {
     "time_flatness",
     "rss_flatness",
     "refocus_incremental_ratio",
+    "refocus_incremental_ratio.question",
     "incremental_delta_nll",
     "incremental_delta_nll.prose",
     "incremental_delta_nll.recall",

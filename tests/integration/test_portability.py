@@ -8,6 +8,7 @@ from tiny_models import ARCHITECTURES, VOCAB_SIZE, tiny_base_model, tiny_model
 
 from megacontext.errors import ModelError
 from megacontext.runtime.context_input import ContextInput
+from megacontext.runtime.plain_reading import read_plain
 
 pytestmark = pytest.mark.portability
 
@@ -123,6 +124,15 @@ def test_kept_logits_and_hidden_states(base, plain):
         hidden = plain(input_ids=ids[None], output_hidden_states=True).hidden_states[-1][0]
     close(result.hidden, hidden)
     close(base.features(ids), hidden)
+    # Padded in one forward, each is as if alone.
+    several = read_plain(base, [ids[:5], ids, ids[:9]])
+    likelihood = plain_logits(plain, ids).float().log_softmax(-1)
+    nll = -likelihood[:-1].gather(1, ids[1:, None])[:, 0]
+    for reading in several:
+        n = len(reading.hidden)
+        close(reading.hidden, hidden[:n])
+        close(reading.nll, nll[: n - 1])
+    assert [len(reading.nll) for reading in several] == [4, N - 1, 8]
 
 
 def test_bfloat16(architecture):

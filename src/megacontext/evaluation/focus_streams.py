@@ -138,11 +138,11 @@ def _predict(engine: Engine, block: Tensor, policy: FocusPolicy | None) -> Strea
     rates: list[float] = []
     chosen: list[float] = []
     for _ in range(engine.config.refocus_rounds):
-        edits = focus.refocus(nothing, reserve=len(block), reason="request").edits
+        plan = focus.refocus(nothing, reserve=len(block), reason="request")
         entries = max(1, watched.entries[-1])
-        rates.append(len(edits) / entries)
-        chosen.append(sum(edit.reason != "room" for edit in edits) / entries)
-        if not any(edit.kind == "expand" for edit in edits):
+        rates.append(len(plan.edits) / entries)
+        chosen.append(sum(edit.reason != "room" for edit in plan.edits) / entries)
+        if not plan.more:
             break
     reading = engine.reader.read(focus.context, nothing, ahead=len(block))
     nll = float(engine.base.nll(reading, block).mean())

@@ -54,6 +54,7 @@ class RefocusTime:
 
     Attributes:
         look: its number among those for one query, from 0 on; only the first one reads the query.
+            Of all looks for a query together it is their number.
         edits: how many there were.
         focus: of scores and edits, which are the same in both modes.
         read: by mode, of reading the edited window.
@@ -138,7 +139,7 @@ def compare_on_answers(
                     reading.read(engine.context, prompt, asking=len(prompt))
                 for _ in range(config.refocus_rounds):
                     plan = engine.focus.refocus(prompt, query=query, reserve=len(prompt) + size)
-                    if not any(edit.kind == "expand" for edit in plan.edits):
+                    if not plan.more:
                         break
                 target = base.encode(f" {question.answers[0]}\n")
                 compared.append(_compare(engine, readings, prompt, target, asking=len(prompt)))
@@ -166,17 +167,49 @@ def refocus_times(engine: Engine, queries: list[str]) -> list[RefocusTime]:
             started = time.perf_counter()
             plan = engine.refocus(query, reserve=size)
             focus = (time.perf_counter() - started) * 1000
-            read: dict[KVMode, float] = {}
-            # By turns, so that neither always finds the caches of the processor warm.
-            for mode in _MODES if (number + look) % 2 else _MODES[::-1]:
-                started = time.perf_counter()
-                readings[mode].read(engine.context, _NOTHING, asking=size)
-                read[mode] = (time.perf_counter() - started) * 1000
+            read = _read_by_turns(engine, readings, number + look)
             if number:
                 times.append(RefocusTime(look, len(plan.edits), focus, read))
-            if not plan.edits:
+            if not plan.edits and not plan.unread:
                 break
     return times
+
+
+@torch.inference_mode()
+def question_times(engine: Engine, queries: list[str]) -> list[RefocusTime]:
+    """All looks for a query and one reading of the window they leave, as before an answer.
+
+    Arguments as :func:`refocus_times`, whose windows they go on from.
+    """
+    readings = _readings(engine)
+    size = engine.memory.identity.block_size
+    times: list[RefocusTime] = []
+    for reading in readings.values():
+        reading.read(engine.context, _NOTHING)
+    for number, query in enumerate(queries):
+        started, looks, edits = time.perf_counter(), 0, 0
+        for _ in range(engine.config.refocus_rounds):
+            plan = engine.refocus(query, reserve=size)
+            looks, edits = looks + 1, edits + len(plan.edits)
+            if not plan.more:
+                break
+        focus = (time.perf_counter() - started) * 1000
+        read = _read_by_turns(engine, readings, number)
+        if number:
+            times.append(RefocusTime(looks, edits, focus, read))
+    return times
+
+
+def _read_by_turns(
+    engine: Engine, readings: dict[KVMode, Reading], number: int
+) -> dict[KVMode, float]:
+    """Milliseconds by mode; by turns, so that neither always finds the processor's caches warm."""
+    size, read = engine.memory.identity.block_size, dict[KVMode, float]()
+    for mode in _MODES if number % 2 else _MODES[::-1]:
+        started = time.perf_counter()
+        readings[mode].read(engine.context, _NOTHING, asking=size)
+        read[mode] = (time.perf_counter() - started) * 1000
+    return read
 
 
 @contextmanager

@@ -198,7 +198,7 @@ class LongRequests(Closing):
         reserve = max(0, self.stride - engine.config.allocator.headroom)
         for _ in range(rounds):
             plan = engine.focus.refocus(_NOTHING, query=asked, reserve=reserve)
-            if not any(edit.kind == "expand" for edit in plan.edits):
+            if not plan.more:
                 return
 
     def _likelihood(self, read: ContextInput, targets: Tensor) -> Scored:

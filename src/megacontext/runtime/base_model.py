@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from megacontext.runtime.attention_mass import mean_attention
 from megacontext.runtime.context_input import ContextInput
 from megacontext.runtime.kv_cache import ContextCache
 from megacontext.runtime.model_loading import load_model
+from megacontext.runtime.plain_reading import final_states
 from megacontext.runtime.rotary import KeyRotation
 from megacontext.runtime.teacher_forcing import target_nll
 from megacontext.runtime.tokenization import (
@@ -61,6 +63,7 @@ class BaseModel:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.architecture: Architecture = read_architecture(model, name)
+        self._parameter: Tensor = next(model.parameters())
 
     @classmethod
     def from_pretrained(
@@ -136,7 +139,8 @@ class BaseModel:
     @property
     def device(self) -> torch.device:
         """Device of the parameters."""
-        return self.model.device
+        # The model's own property walks over its parameters, at every call.
+        return self._parameter.device
 
     @cached_property
     def tokenizer_hash(self) -> str:
@@ -444,11 +448,6 @@ class BaseModel:
     ) -> Prefill:
         if keep is not None and keep < 1:
             raise InputError(f"keep is {keep}; keep at least one row of logits, or None for all")
-        hidden: list[Tensor] = []
-
-        def catch(_module: Any, _inputs: Any, output: Any) -> None:
-            hidden.append(output.last_hidden_state[0])
-
         positions = positions.to(self.device)
         grown = ContextCache(
             kv_cache.fork_entries(cache.entries),
@@ -456,15 +455,11 @@ class BaseModel:
             torch.cat([cache.positions, positions]),
         )
         mask = self.mask_for(grown, positions.shape[0])
-        hook = self.model.get_decoder().register_forward_hook(catch) if hidden_states else None
-        try:
+        with final_states(self.model) if hidden_states else nullcontext([]) as caught:
             output = self.forward_rows(embeddings[None], positions[None], grown.entries, mask, keep)
-        finally:
-            if hook is not None:
-                hook.remove()
         # Only now, so that a failed forward leaves the cache as it was.
         cache.entries, cache.positions = grown.entries, grown.positions
-        return Prefill(output.logits[0], cache, hidden[0] if hidden else None)
+        return Prefill(output.logits[0], cache, caught[0][0] if caught else None)
 
     def _check(self, context: ContextInput) -> None:
         if context.embeddings.shape[1] != self.d_model:

@@ -58,7 +58,8 @@ class EngineConfig(FrozenConfig):
             ``auto``: ``incremental``, or ``exact`` where the base's keys cannot be moved.
         kv_halo: rows behind every inserted one that ``incremental`` computes again, too.
         query_tokens: how many of the newest tokens ask, where there is no prompt.
-        refocus_rounds: most rounds before an answer; fewer when a round edits nothing.
+        refocus_rounds: most rounds before an answer; fewer when a round opens nothing and has left
+            nothing to read for the next.
         chunk_tokens: most tokens per commit while ingesting.
         keep_records: refocus records kept for ``explain``.
         allocator: thresholds of the allocator.
@@ -483,7 +484,7 @@ class Engine:
                 reason="decode",
                 cached=reading.window,
             )
-            if not any(edit.kind == "expand" for edit in plan.edits):
+            if not plan.more:
                 break
         return reading.read(self.context, pending, asking=asking)
 

@@ -133,7 +133,8 @@ class FocusAllocator:
         draft = self._start(context, scores, state).make_room(limit, self._spare(context))
         draft = self._expand(draft, self._candidates(context, scores), limit)
         draft = self._collapse(draft)
-        return FocusPlan(draft.edits, draft.context.check(), self._next_state(state, draft.edits))
+        state = self._next_state(state, draft.edits)
+        return FocusPlan(draft.edits, draft.context.check(), state, scores.unread)
 
     def make_room(
         self,
@@ -208,7 +209,7 @@ class FocusAllocator:
         starts, levels = candidates.starts.tolist(), candidates.levels.tolist()
         utility, proposed = candidates.utility.tolist(), candidates.proposed.tolist()
         # An expand changes what the others cost (siblings share their chain), a refusal does not.
-        price, open_ = self._affordable(draft, candidates, limit)
+        price, open_ = self._affordable(draft, candidates, prices[prices > 0], limit)
         for index in order:
             if not open_[index]:
                 continue
@@ -221,14 +222,16 @@ class FocusAllocator:
             if paid is not None:
                 reason = "proposal" if proposed[index] else "utility"
                 draft = paid.open(starts[index], levels[index], utility[index], reason)
-                price, open_ = self._affordable(draft, candidates, limit)
+                if draft.counted >= self.config.max_edits:
+                    break
+                prices = draft.prices(candidates.starts, candidates.levels)
+                price, open_ = self._affordable(draft, candidates, prices, limit)
         return draft
 
     def _affordable(
-        self, draft: FocusDraft, candidates: _Candidates, limit: int
+        self, draft: FocusDraft, candidates: _Candidates, prices: Tensor, limit: int
     ) -> tuple[list[int], list[bool]]:
         """Each candidate's price in the draft, and whether to try and pay it."""
-        prices = draft.prices(candidates.starts, candidates.levels)
         needed = draft.context.cost + prices - limit
         gains = candidates.utility - self.config.swap_margin
         out = draft.unpayable(needed, gains, self.config.max_edits - 1)
@@ -237,6 +240,8 @@ class FocusAllocator:
         return prices.tolist(), (~out).tolist()
 
     def _collapse(self, draft: FocusDraft) -> FocusDraft:
+        if draft.counted >= self.config.max_edits:
+            return draft
         groups = draft.context.sibling_groups
         unscored = groups.sums((~draft.scored).long())
         low = (draft.losses < self.config.collapse_threshold) & (unscored == 0)

@@ -171,7 +171,7 @@ class FocusLoop:
         scores = self._scores(self.view(pending, asking, query, written), settled=settled)
         scored = time.perf_counter()
         plan = self.allocator.plan(self.context, scores, self.state, reserve)
-        plan = FocusPlan(room + plan.edits, plan.context, plan.state)
+        plan = replace(plan, edits=room + plan.edits)
         self.meter.observe(before, plan)
         self.context, self.state = plan.context, plan.state
         record = FocusRecord(

@@ -27,12 +27,15 @@ class FocusScores:
             collapsing it with its siblings; their sum is the loss. Negative: detail does harm.
         expand_utility: ``[n]`` float32, what replacing a gist by its children is worth;
             0 where unknown, ignored for raw entries.
+        unread: whether there is more to read than one look reads, so that a further look for the
+            same would know more.
     """
 
     proposal_blocks: Tensor
     proposal_utility: Tensor
     entry_utility: Tensor
     expand_utility: Tensor
+    unread: bool = False
 
     @classmethod
     def unknown(cls, n_entries: int) -> Self:
@@ -129,8 +132,15 @@ class FocusPlan:
         edits: in the order in which they were applied.
         context: the new working context; every invariant holds.
         state: what the next plan needs to know.
+        unread: see :class:`FocusScores`.
     """
 
     edits: tuple[Edit, ...]
     context: WorkingContext
     state: AllocatorState
+    unread: bool = False
+
+    @property
+    def more(self) -> bool:
+        """Whether a further look for the same may open more: this one did, or left much unread."""
+        return self.unread or any(edit.kind == "expand" for edit in self.edits)

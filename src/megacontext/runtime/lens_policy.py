@@ -40,7 +40,10 @@ _RELEVANCE_APART = 10.0
 
 @dataclass(frozen=True, eq=False)
 class _Proposed:
-    """Blocks before the tail ``[m]``, and what each index says of them; NaN: nothing."""
+    """Blocks before the tail ``[m]``, and what each index says of them; NaN: nothing.
+
+    ``unread``: whether some of the best are left to a further look.
+    """
 
     blocks: Tensor
     lexical: Tensor
@@ -48,6 +51,7 @@ class _Proposed:
     attention: Tensor
     likelihood: Tensor
     told: Tensor
+    unread: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,12 +92,14 @@ class LensInputs:
         entries: the working entries.
         cache: the proposed blocks.
         tail: the query.
+        unread: whether the base model has yet to read some of the best proposals.
     """
 
     blocks: Tensor
     entries: EntryFeatures
     cache: CacheFeatures
     tail: TailStates
+    unread: bool = False
 
 
 class LensPolicy:
@@ -108,6 +114,9 @@ class LensPolicy:
         proposals: most blocks that each index, and both together, propose.
         candidates: best blocks of each index that both together choose from: what neither puts
             first may be what both know.
+        reads: most texts that the base model reads in one look: in the first one the question and
+            the best proposals behind it, in the next one for the same question the proposals that
+            follow, so that no look costs much more than another. ``None``: all at once.
         relative_floor: what scores below this share of the best proposal is not asked for:
             scores say what a block is worth alone, not how much it distracts beside others.
         calm_nats: while nobody asks, what scores below this is not asked for, and raw blocks make
@@ -126,6 +135,7 @@ class LensPolicy:
         *,
         proposals: int = 16,
         candidates: int = 1024,
+        reads: int | None = 4,
         relative_floor: float = 0.2,
         calm_nats: float | None = None,
         neighbour_share: tuple[float, float] = (0.3, 0.3),
@@ -141,7 +151,7 @@ class LensPolicy:
         self._keys: KeyIndex | None = None
         self._searched: _Searched | None = None
         self._lexical = LexicalPolicy(proposals=candidates, nats_per_point=1.0)
-        self._likelihood = QueryLikelihood()
+        self._likelihood = QueryLikelihood(most_reads=reads)
 
     @torch.inference_mode()
     def score(self, view: FocusView) -> FocusScores:
@@ -169,6 +179,7 @@ class LensPolicy:
             proposal_utility=proposed.proposal_utility,
             entry_utility=torch.where(kept > 0, kept, harm),
             expand_utility=signed.masked_fill(signed < least, 0.0).clamp(min=0.0),
+            unread=inputs.unread,
         )
 
     def inputs(self, view: FocusView) -> LensInputs:
@@ -203,14 +214,16 @@ class LensPolicy:
             features=span_features(self._cache_facts(view, proposed)),
             mask=torch.ones(1, len(blocks), dtype=torch.bool),
         )
-        return LensInputs(blocks, entries, cache, tail)
+        return LensInputs(blocks, entries, cache, tail, proposed.unread)
 
     def _search(self, view: FocusView) -> _Searched:
         """What lexical index and keys find for the query, wherever the window stands."""
         known = self._searched
         if known is not None and known.answers(view):
             return known
-        hidden = view.base.features(view.query).float().cpu()[None]
+        reads = view.asked and self.lens.config.likelihoods > 0
+        features = self._likelihood.features(view) if reads else view.base.features(view.query)
+        hidden = features.float().cpu()[None]
         tail = TailStates(hidden, torch.ones(hidden.shape[:2], dtype=torch.bool))
         found, points = self._lexical.search(view)
         keyed, relevance = self._by_keys(view, tail)
@@ -252,7 +265,8 @@ class LensPolicy:
             likelihood[read] = self._likelihood.gains(view, blocks[read])
             told[read] = self._likelihood.told(view, blocks[read])
         mass = attention[context.indices_of(blocks * context.block_size)]
-        return _Proposed(blocks, lexical, learned, mass, likelihood, told)
+        unread = bool(likelihood[read].isnan().any())
+        return _Proposed(blocks, lexical, learned, mass, likelihood, told, unread)
 
     def _by_attention(self, context: WorkingContext, attention: Tensor) -> Tensor:
         """Blocks whose level-1 gists the base attends to most."""

@@ -121,7 +121,7 @@ class LensRecorder:
         self.texts = texts
         self.engine = engine
         self.config = config
-        self.policy = LensPolicy(lens, proposals=config.proposals)
+        self.policy = LensPolicy(lens, proposals=config.proposals, reads=None)
 
     def check(self) -> None:
         """Opens a session without any text.

@@ -8,7 +8,12 @@ import pytest
 from engine_cases import config, learned_gistnet, new_engine, words
 from tiny_models import tiny_base_model
 
-from megacontext.evaluation.kv_modes import compare_on_answers, compare_on_prose, refocus_times
+from megacontext.evaluation.kv_modes import (
+    compare_on_answers,
+    compare_on_prose,
+    question_times,
+    refocus_times,
+)
 from megacontext.evaluation.long_questions import LongQuestion
 from megacontext.evaluation.noise import NoiseTokens
 
@@ -74,3 +79,16 @@ def test_refocus_times(base, net, tmp_path):
         assert min(time.focus, *time.read.values()) > 0
         for mode in ("exact", "incremental"):
             assert time.whole(mode) == time.focus + time.read[mode]
+
+
+def test_question_times(base, net, tmp_path):
+    engine = new_engine(tmp_path, base, gistnet=net, config=config(budget=320))
+    engine.ingest(words(700) + " The zebra sleeps in the blue barn. " + words(600, 1))
+    before = engine.focus.state.round
+    found, nothing = question_times(engine, ["xyz", "zebra", "qqqq"])
+    # A look that opens something is followed by another one, until the last one opens nothing.
+    assert (found.look, nothing.look) == (2, 1)
+    assert engine.focus.state.round - before == 4
+    assert found.edits > 0 == nothing.edits
+    for time in (found, nothing):
+        assert min(time.focus, *time.read.values()) > 0

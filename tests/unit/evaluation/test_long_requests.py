@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_scored_from_the_engines_contexts(
             asked = None if rolling else ids[max(0, n - 24) : done]
             for _ in range(rounds):
                 plan = engine.focus.refocus(NOTHING, query=asked)
-                if not any(edit.kind == "expand" for edit in plan.edits):
+                if not plan.more:
                     break
             targets = ids[done : done + 32]
             reading = engine.reader.read(engine.context, NOTHING)

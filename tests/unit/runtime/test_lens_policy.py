@@ -161,7 +161,7 @@ def test_both_indices_together_propose_what_neither_puts_first(base, tmp_path, m
 
 @pytest.mark.parametrize(("places", "read"), [(1, {5}), (2, {5, 7}), (4, {5, 7, 1, 8})])
 def test_both_together_and_keys_take_turns_in_being_read(places, read, base, tmp_path, monkeypatch):
-    policy = LensPolicy(make_lens(base, likelihoods=places))
+    policy = LensPolicy(make_lens(base, likelihoods=places), reads=None)
     view = asking(told(new_engine(tmp_path, base)), base.encode("where does it sleep"))
     found = torch.tensor([1, 2, 5]), torch.tensor([4.0, 3.9, 3.8])
     keyed = torch.tensor([7, 8, 5, 9]), torch.tensor([9.0, 8.9, 8.8, 0.0])
@@ -172,6 +172,39 @@ def test_both_together_and_keys_take_turns_in_being_read(places, read, base, tmp
     assert set(inputs.blocks[known].tolist()) == read
     calm = policy.inputs(view.__class__(**{**vars(view), "asked": False}))
     assert not calm.cache.features[0, :, FEATURE_NAMES.index("likelihood_known")].any()
+
+
+def test_what_one_look_leaves_unread_the_next_one_reads(base, tmp_path, monkeypatch):
+    policy = LensPolicy(make_lens(base, likelihoods=5), reads=3, relative_floor=0.0)
+    view = asking(told(new_engine(tmp_path, base)), base.encode("where does it sleep"))
+    found = torch.tensor([1, 2, 5, 9]), torch.tensor([4.0, 3.9, 3.8, 3.7])
+    monkeypatch.setattr(policy._lexical, "search", lambda _: found)
+    column = FEATURE_NAMES.index("likelihood_known")
+
+    def read():
+        inputs = policy.inputs(view)
+        return inputs.blocks[inputs.cache.features[0, :, column].bool()].tolist(), inputs.unread
+
+    # The first look also reads the question by itself, which counts.
+    assert read() == ([1, 2], True)
+    assert policy.score(view).unread is False, "the second look has read the others"
+    assert read() == ([1, 2, 5, 9], False)
+    calm = policy.inputs(view.__class__(**{**vars(view), "asked": False}))
+    assert calm.unread is False, "while nobody asks nothing is read"
+
+
+def test_an_answer_waits_until_the_best_proposals_are_read(base, tmp_path, monkeypatch):
+    """With a lens that opens nothing, the looks end once all that may be read was read."""
+    policy = LensPolicy(make_lens(base, likelihoods=5), reads=2)
+    found = torch.tensor([1, 2, 5, 9, 3]), torch.tensor([4.0, 3.9, 3.8, 3.7, 3.6])
+    monkeypatch.setattr(policy._lexical, "search", lambda _: found)
+    engine = told(new_engine(tmp_path, base, policy=policy))
+    question = "where does the zebra sleep"
+    # What was read for a question is known when it is asked again.
+    for rounds in (3, 1):
+        before = engine.focus.state.round
+        engine.ask(question, query=question, max_new_tokens=1)
+        assert engine.focus.state.round - before == rounds
 
 
 def test_with_learned_gists_and_through_the_engine(base, tmp_path):

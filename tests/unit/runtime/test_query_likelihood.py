@@ -55,11 +55,57 @@ def test_it_reads_a_block_once_for_a_question(base, engine, monkeypatch):
     monkeypatch.setattr(base, "nll_batch", counted)
     first = likelihood.gains(view, torch.tensor([1, 2, 3]))
     again = likelihood.gains(view, torch.tensor([3, 1, 4]))
-    assert read == [1, 3, 1, 1]
+    assert read == [3, 1]
     assert again[:2].tolist() == first[[2, 0]].tolist()
     other = engine.focus.view(base.encode(QUESTION + " now"))
     assert not torch.equal(likelihood.gains(other, torch.tensor([1])), first[:1])
-    assert read[4:] == [1, 1]
+    assert read[2:] == [1]
+
+
+def test_a_look_reads_few_texts_and_the_next_one_goes_on(base, engine, monkeypatch):
+    view = engine.focus.view(base.encode(QUESTION))
+    blocks = torch.tensor([12, 5, 0, 7, 3, 9, 20, 1])
+    every = QueryLikelihood().gains(view, blocks)
+    likelihood, read = QueryLikelihood(most_reads=4), []
+    whole = base.nll_batch
+
+    def counted(contexts, *more):
+        read.append(len(contexts))
+        return whole(contexts, *more)
+
+    monkeypatch.setattr(base, "nll_batch", counted)
+    for known in (3, 7, 8, 8):
+        gains = likelihood.gains(view, blocks)
+        assert gains[known:].isnan().all()
+        torch.testing.assert_close(gains[:known], every[:known])
+    assert read == [3, 4, 1]
+    # Another order asks for other blocks first; what is known stays known.
+    likelihood = QueryLikelihood(most_reads=2)
+    first = likelihood.gains(view, blocks.flip(0))
+    assert (~first.isnan()).nonzero().flatten().tolist() == [0]
+    second = likelihood.gains(view, blocks)
+    assert (~second.isnan()).nonzero().flatten().tolist() == [0, 1, 7]
+
+
+@pytest.mark.parametrize("query", [QUESTION, "the zebra"])
+def test_features_of_the_query_are_read_along_with_the_text(base, engine, monkeypatch, query):
+    view = engine.focus.view(base.encode(QUESTION), query=base.encode(query))
+    blocks, likelihood, forwards = torch.tensor([12, 5]), QueryLikelihood(), []
+    whole = base.forward_rows
+
+    def counted(embeddings, *more):
+        forwards.append(len(embeddings))
+        return whole(embeddings, *more)
+
+    wanted, gains = base.features(view.query), likelihood.gains(view, blocks)
+    likelihood = QueryLikelihood()
+    monkeypatch.setattr(base, "forward_rows", counted)
+    torch.testing.assert_close(likelihood.features(view), wanted)
+    torch.testing.assert_close(likelihood.gains(view, blocks), gains)
+    assert forwards == [1 if query == QUESTION else 2, 2]
+    # By then the text by itself is known.
+    torch.testing.assert_close(likelihood.features(view), wanted)
+    assert len(forwards) == 2
 
 
 def test_the_newest_tokens_of_a_long_text_count(base, engine):

@@ -95,7 +95,7 @@ class EngineRival:
         nothing = torch.empty(0, dtype=torch.int64)
         for _ in range(self.engine.config.refocus_rounds):
             plan = focus.refocus(nothing, reserve=len(targets), reason="request")
-            if not any(edit.kind == "expand" for edit in plan.edits):
+            if not plan.more:
                 break
         self.reader.watch()
         reading = self.reader.read(focus.context, nothing, ahead=len(targets))
