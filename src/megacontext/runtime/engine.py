@@ -227,7 +227,7 @@ class Engine:
             self.focus.advance(self.memory.n_tokens)
 
     def refocus(self, query: str = "", *, reserve: int = 0) -> FocusPlan:
-        """One round of score, allocate and new working context.
+        """One round of score, allocate and new working context; see :attr:`FocusPlan.more`.
 
         Args:
             query: text to focus for; the newest tokens if empty.

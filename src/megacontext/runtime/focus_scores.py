@@ -142,5 +142,5 @@ class FocusPlan:
 
     @property
     def more(self) -> bool:
-        """Whether a further look for the same may open more: this one did, or left much unread."""
+        """Whether a further look for the same may open more: this one did, or left some unread."""
         return self.unread or any(edit.kind == "expand" for edit in self.edits)

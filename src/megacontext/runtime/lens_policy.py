@@ -125,6 +125,9 @@ class LensPolicy:
         neighbour_share: of a proposal's score that the block before it and the one behind it get at
             least.
         key_index: how keys are searched once they are many.
+
+    Raises:
+        ConfigError: ``reads`` is less than 2.
     """
 
     name = "lens"

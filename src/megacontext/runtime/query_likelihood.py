@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megacontext.errors import ConfigError
 from megacontext.memory import Memory
 from megacontext.runtime.context_input import ContextInput
 from megacontext.runtime.focus_policies import FocusView
@@ -27,11 +28,19 @@ class QueryLikelihood:
         most_tokens: of the text that asks, the newest ones count.
         most_reads: texts that one look reads at most, that by itself counted with the blocks, at
             least 2; ``None``: all that it asks for.
+
+    Raises:
+        ConfigError: ``most_reads`` is less than 2.
     """
 
     def __init__(
         self, *, margin: int = 8, most_tokens: int = 96, most_reads: int | None = None
     ) -> None:
+        if most_reads is not None and most_reads < 2:
+            raise ConfigError(
+                f"a look reads {most_reads} texts at most; 2 or more, the question by itself and a "
+                "block behind it"
+            )
         self.margin = margin
         self.most_tokens = most_tokens
         self.most_reads = most_reads

@@ -6,6 +6,7 @@ import pytest
 import torch
 from engine_cases import K, new_engine, words
 
+from megacontext.errors import ConfigError
 from megacontext.lensnet import FEATURE_NAMES, LensNet, LensNetConfig
 from megacontext.runtime.lens_policy import LensPolicy
 from megacontext.runtime.query_likelihood import QueryLikelihood
@@ -85,6 +86,12 @@ def test_a_look_reads_few_texts_and_the_next_one_goes_on(base, engine, monkeypat
     assert (~first.isnan()).nonzero().flatten().tolist() == [0]
     second = likelihood.gains(view, blocks)
     assert (~second.isnan()).nonzero().flatten().tolist() == [0, 1, 7]
+
+
+@pytest.mark.parametrize("reads", [1, 0, -3])
+def test_a_look_that_reads_nothing_is_refused(reads):
+    with pytest.raises(ConfigError, match=f"a look reads {reads} texts at most; 2 or more"):
+        QueryLikelihood(most_reads=reads)
 
 
 @pytest.mark.parametrize("query", [QUESTION, "the zebra"])
