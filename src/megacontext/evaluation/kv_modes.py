@@ -157,15 +157,11 @@ def refocus_times(engine: Engine, queries: list[str]) -> list[RefocusTime]:
         engine: its policy, allocator, halo and most looks; ``kv`` does not matter.
         queries: what the focus is asked for; the first warms up and does not count.
     """
-    readings = _readings(engine)
-    size = engine.memory.identity.block_size
-    times: list[RefocusTime] = []
-    for reading in readings.values():
-        reading.read(engine.context, _NOTHING)
+    readings, times = _begun_readings(engine), list[RefocusTime]()
     for number, query in enumerate(queries):
         for look in range(engine.config.refocus_rounds):
             started = time.perf_counter()
-            plan = engine.refocus(query, reserve=size)
+            plan = engine.refocus(query, reserve=engine.memory.identity.block_size)
             focus = (time.perf_counter() - started) * 1000
             read = _read_by_turns(engine, readings, number + look)
             if number:
@@ -181,15 +177,11 @@ def question_times(engine: Engine, queries: list[str]) -> list[RefocusTime]:
 
     Arguments as :func:`refocus_times`, whose windows they go on from.
     """
-    readings = _readings(engine)
-    size = engine.memory.identity.block_size
-    times: list[RefocusTime] = []
-    for reading in readings.values():
-        reading.read(engine.context, _NOTHING)
+    readings, times = _begun_readings(engine), list[RefocusTime]()
     for number, query in enumerate(queries):
         started, looks, edits = time.perf_counter(), 0, 0
         for _ in range(engine.config.refocus_rounds):
-            plan = engine.refocus(query, reserve=size)
+            plan = engine.refocus(query, reserve=engine.memory.identity.block_size)
             looks, edits = looks + 1, edits + len(plan.edits)
             if not plan.more:
                 break
@@ -198,6 +190,14 @@ def question_times(engine: Engine, queries: list[str]) -> list[RefocusTime]:
         if number:
             times.append(RefocusTime(looks, edits, focus, read))
     return times
+
+
+def _begun_readings(engine: Engine) -> dict[KVMode, Reading]:
+    """Both modes, with the window of now read."""
+    readings = _readings(engine)
+    for reading in readings.values():
+        reading.read(engine.context, _NOTHING)
+    return readings
 
 
 def _read_by_turns(
