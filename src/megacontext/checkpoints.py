@@ -37,6 +37,21 @@ def seeded_init(seed: int) -> Generator[None, None, None]:
         yield
 
 
+def hash_weights(weights: Mapping[str, Tensor], prefix: str = "") -> str:
+    """16 hexadecimal digits that change with ``prefix`` and with any name, dtype, shape or value.
+
+    Args:
+        weights: tensors by name, on any device; their order does not matter.
+        prefix: whatever else the digits shall depend on.
+    """
+    digest = hashlib.sha256(prefix.encode())
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:VERSION_DIGITS]
+
+
 class PretrainedModule(nn.Module, Generic[ConfigT]):
     """A module that is its frozen configuration plus weights.
 
@@ -60,12 +75,8 @@ class PretrainedModule(nn.Module, Generic[ConfigT]):
         """
         # Without defaults, so that a later option that is off does not orphan every memory.
         chosen = self.config.model_dump(mode="json", exclude_defaults=True)
-        digest = hashlib.sha256(f"{self.model_type} {json.dumps(chosen, sort_keys=True)}".encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            flat = tensor.detach().cpu().contiguous().flatten()
-            digest.update(flat.view(torch.uint8).numpy().data)
-        return digest.hexdigest()[:VERSION_DIGITS]
+        made_of = f"{self.model_type} {json.dumps(chosen, sort_keys=True)}"
+        return hash_weights(self.state_dict(), made_of)
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Writes ``config.json`` and ``model.safetensors`` into ``folder``, made where missing.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -13,11 +12,11 @@ from typing import Any, Final, TypeVar, cast
 import torch
 import transformers
 
+from megacontext.checkpoints import hash_weights
 from megacontext.closing import Closing
 from megacontext.errors import InputError, MegaContextError
 from megacontext.memory import Source
 from megacontext.runtime.answer import DecodedToken
-from megacontext.runtime.base_model import BaseModel
 from megacontext.runtime.engine import Engine
 from megacontext.runtime.focus_loop import FocusRecord
 from megacontext.runtime.focus_scores import FocusPlan
@@ -245,7 +244,7 @@ def describe_models(session: Session) -> dict[str, str | int]:
     identity = Engine.identity(session.base, session.gistnet, session.lens)
     return {
         "base_model": identity.base_model,
-        "base_weights": _weights_hash(session.base),
+        "base_weights": hash_weights(session.base.model.state_dict()),
         "tokenizer_hash": identity.tokenizer_hash,
         "gist_version": session.gistnet.version,
         "lens_version": "none" if session.lens is None else session.lens.version,
@@ -262,16 +261,6 @@ def describe_platform() -> dict[str, str | int]:
         "transformers": transformers.__version__,
         "threads": torch.get_num_threads(),
     }
-
-
-def _weights_hash(base: BaseModel) -> str:
-    """16 hexadecimal digits that change with any weight."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(base.model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
 
 
 def _closable(steps: Iterator[T]) -> Generator[T]:
