@@ -7,16 +7,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from torch import Tensor
-
+from megacontext.errors import InvariantError
 from megacontext.evaluation.baselines.engine_rival import WatchedReader
 from megacontext.evaluation.focus_histories import FocusQuestion
 from megacontext.runtime.base_model import BaseModel
-from megacontext.runtime.context_input import ContextInput
 from megacontext.runtime.engine import Engine
 from megacontext.runtime.focus_policies import FocusPolicy, FocusView
 from megacontext.runtime.focus_scores import FocusScores
 from megacontext.runtime.oracle_policy import OraclePolicy
+from megacontext.runtime.row_layout import RowLayout
 from megacontext.runtime.working_context import WorkingContext
 from megacontext.tasks.documents import final_answer
 from megacontext.telemetry.events import Event, RefocusEvent
@@ -129,9 +128,13 @@ class _Reader(WatchedReader):
 
     last: WorkingContext | None = None
 
-    def read(self, context: WorkingContext, pending: Tensor, *, ahead: int = 0) -> ContextInput:
+    def watch(self) -> None:
+        super().watch()
+        self.last = None
+
+    def layout(self, context: WorkingContext, n_pending: int, *, ahead: int = 0) -> RowLayout:
         self.last = context
-        return super().read(context, pending, ahead=ahead)
+        return super().layout(context, n_pending, ahead=ahead)
 
 
 class RefocusTimes:
@@ -199,8 +202,10 @@ class Asker:
 
 def _raw_share(context: WorkingContext | None, blocks: Sequence[int]) -> float:
     """Share of blocks that are raw; 1 where none are needed."""
-    if context is None or not blocks:
+    if not blocks:
         return 1.0
+    if context is None:
+        raise InvariantError("an answer was written behind no working context")
     raw = {
         start // context.block_size for level, start, _ in context.spans().tolist() if level == 0
     }
