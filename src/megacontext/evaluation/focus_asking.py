@@ -15,7 +15,6 @@ from megacontext.runtime.engine import Engine
 from megacontext.runtime.focus_policies import FocusPolicy, FocusView
 from megacontext.runtime.focus_scores import FocusScores
 from megacontext.runtime.oracle_policy import OraclePolicy
-from megacontext.runtime.row_layout import RowLayout
 from megacontext.runtime.working_context import WorkingContext
 from megacontext.tasks.documents import final_answer
 from megacontext.telemetry.events import Event, RefocusEvent
@@ -123,20 +122,6 @@ class TellingOracle:
         return OraclePolicy(future, self.hints, self.proposals).score(view)
 
 
-class _Reader(WatchedReader):
-    """Remembers the first and the last context that the base read."""
-
-    last: WorkingContext | None = None
-
-    def watch(self) -> None:
-        super().watch()
-        self.last = None
-
-    def layout(self, context: WorkingContext, n_pending: int, *, ahead: int = 0) -> RowLayout:
-        self.last = context
-        return super().layout(context, n_pending, ahead=ahead)
-
-
 class RefocusTimes:
     """A sink that keeps how long every refocus took."""
 
@@ -165,7 +150,7 @@ class Asker:
         self.engine = engine
         self.times = times
         self.max_new_tokens = max_new_tokens
-        self.reader = _Reader(engine.reader)
+        self.reader = WatchedReader(engine.reader)
         # Policies go on with the engine's own reader: what they read is not what the base reads.
         engine.reader = self.reader
 

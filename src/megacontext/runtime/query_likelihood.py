@@ -59,9 +59,9 @@ class QueryLikelihood:
         if self._alone is not None or len(text) < 2:
             return view.base.features(view.query)
         same = torch.equal(text, view.query)
-        query, *rest = read_plain(view.base, [view.query] if same else [view.query, text])
-        self._alone = -float((query if same else rest[0]).nll.sum())
-        return query.hidden
+        readings = read_plain(view.base, [view.query] if same else [view.query, text])
+        self._alone = -float(readings[-1].nll.sum())
+        return readings[0].hidden
 
     def gains(self, view: FocusView, blocks: Tensor) -> Tensor:
         """Log-likelihood of prompt and answer so far behind each block, less that without it.

@@ -22,6 +22,19 @@ def engine(base, tmp_path):
     return engine
 
 
+@pytest.fixture
+def read(base, monkeypatch):
+    """How many blocks the base read in each forward."""
+    counts, whole = [], base.nll_batch
+
+    def counted(contexts, *more):
+        counts.append(len(contexts))
+        return whole(contexts, *more)
+
+    monkeypatch.setattr(base, "nll_batch", counted)
+    return counts
+
+
 def plain(base, ids, n_text):
     """Log-likelihood of the last ``n_text - 1`` tokens, by the model as transformers runs it."""
     with torch.no_grad():
@@ -44,16 +57,9 @@ def test_gains_are_those_of_plain_forwards(base, engine, margin):
         assert gain == pytest.approx(behind - plain(base, text, len(text)), abs=1e-3)
 
 
-def test_it_reads_a_block_once_for_a_question(base, engine, monkeypatch):
+def test_it_reads_a_block_once_for_a_question(base, engine, read):
     view = engine.focus.view(base.encode(QUESTION))
-    likelihood, read = QueryLikelihood(), []
-    whole = base.nll_batch
-
-    def counted(contexts, *more):
-        read.append(len(contexts))
-        return whole(contexts, *more)
-
-    monkeypatch.setattr(base, "nll_batch", counted)
+    likelihood = QueryLikelihood()
     first = likelihood.gains(view, torch.tensor([1, 2, 3]))
     again = likelihood.gains(view, torch.tensor([3, 1, 4]))
     assert read == [3, 1]
@@ -63,18 +69,12 @@ def test_it_reads_a_block_once_for_a_question(base, engine, monkeypatch):
     assert read[2:] == [1]
 
 
-def test_a_look_reads_few_texts_and_the_next_one_goes_on(base, engine, monkeypatch):
+def test_a_look_reads_few_texts_and_the_next_one_goes_on(base, engine, read):
     view = engine.focus.view(base.encode(QUESTION))
     blocks = torch.tensor([12, 5, 0, 7, 3, 9, 20, 1])
     every = QueryLikelihood().gains(view, blocks)
-    likelihood, read = QueryLikelihood(most_reads=4), []
-    whole = base.nll_batch
-
-    def counted(contexts, *more):
-        read.append(len(contexts))
-        return whole(contexts, *more)
-
-    monkeypatch.setattr(base, "nll_batch", counted)
+    likelihood = QueryLikelihood(most_reads=4)
+    read.clear()
     for known in (3, 7, 8, 8):
         gains = likelihood.gains(view, blocks)
         assert gains[known:].isnan().all()

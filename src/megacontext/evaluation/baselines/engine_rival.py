@@ -13,7 +13,7 @@ from megacontext.runtime.working_context import WorkingContext
 
 
 class WatchedReader(ContextReader):
-    """Reads like another reader, and remembers the first context since it was told to watch.
+    """Reads like another reader; remembers first and last context since it was told to watch.
 
     Args:
         reader: the one to read like.
@@ -28,15 +28,17 @@ class WatchedReader(ContextReader):
             max_positions=reader.max_positions,
         )
         self.first: WorkingContext | None = None
+        self.last: WorkingContext | None = None
 
     def watch(self) -> None:
         """The next context is the first."""
-        self.first = None
+        self.first = self.last = None
 
     def layout(self, context: WorkingContext, n_pending: int, *, ahead: int = 0) -> RowLayout:
         """See :meth:`ContextReader.layout`, which every reading begins with."""
         if self.first is None:
             self.first = context
+        self.last = context
         return super().layout(context, n_pending, ahead=ahead)
 
 
